@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: GPL-2.0
+# The front door.  Every target works from a fresh clone; BASE= chooses the
+# kernel (a folder under patches/), JOBS= the number of parallel jobs.
+
+MAKEFLAGS += --no-print-directory
+export BASE JOBS ACCEL
+
+help:	## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
+
+run:	## the main job: fetch, apply, build, boot base and patched, one table
+	@scripts/run
+
+check:	## every check; ends with "N passed, N failed, N skipped"
+	@scripts/check
+
+tree:	## git tree with the base and the series, to work in
+	@scripts/tree
+
+export:	## write the tree back to patches/ and the mirror
+	@scripts/export
+
+debug:	## the selftests on kernels with KASAN, lockdep, kmemleak and more
+	@scripts/check debug
+
+slow:	## the selftests that take minutes to hours under TCG
+	@scripts/slow
+
+bisect:	## build every patch on both architectures, and record it
+	@scripts/bisect
+
+deps:	## install the Debian packages that are missing
+	@scripts/deps
+
+clean:	## remove build/ (the cache of downloads stays)
+	rm -rf build
+
+.PHONY: help run check tree export debug slow bisect deps clean

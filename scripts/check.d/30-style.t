@@ -1,0 +1,45 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Every patch is fit to be read: checkpatch, spelling, maintainers.
+. "$(dirname "$0")/tap.sh"
+src=$("$TOP/scripts/src" patched)
+cd "$src" || exit
+mapfile -t patches < <(patch_files)
+dictionary=$(dpkg -L codespell | grep '/dictionary\.txt$')
+
+# UNKNOWN_COMMIT_ID: the tree has one commit for the base, so no hash of
+# upstream can be known in it.
+checkpatch() {
+	scripts/checkpatch.pl --strict --quiet --no-summary --codespell --codespellfile "$dictionary" \
+		--ignore UNKNOWN_COMMIT_ID "$@"
+}
+maintainers() {
+	local f rc=0
+	for f in $(git diff --name-only base HEAD); do
+		scripts/get_maintainer.pl --no-git --no-git-fallback --no-rolestats "$f" | grep -q '@' ||
+			{ say "nobody maintains $f"; rc=1; }
+	done
+	return $rc
+}
+# The file must be one that the kernel's own tool understands and finds nothing
+# wrong with, and it must cover what the series adds.
+our_maintainers() {
+	local f rc=0
+	# The self-test takes no other option: give it a tree with our file.
+	mkdir -p "$work/tree"
+	ln -sf "$src"/* "$src/.git" "$work/tree"
+	ln -sf "$TOP/MAINTAINERS" "$work/tree/MAINTAINERS"
+	none < <(cd "$work/tree" && scripts/get_maintainer.pl --self-test=sections,patterns 2>&1) || return
+	for f in $(git diff --diff-filter=A --name-only base HEAD); do
+		scripts/get_maintainer.pl --mpath "$TOP/MAINTAINERS" --no-git --no-git-fallback --no-rolestats "$f" |
+			grep -q "$SERIES_EMAIL" || { say "MAINTAINERS does not cover $f"; rc=1; }
+	done
+	return $rc
+}
+
+for p in "${patches[@]}"; do
+	ok "checkpatch $(basename "$p" .patch)" checkpatch "$p"
+done
+ok "every touched file has a maintainer in the kernel" maintainers
+ok "MAINTAINERS is valid and covers what the series adds" our_maintainers
+done_testing

@@ -1,0 +1,40 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# Base and patched kernels build with -Werror, touched files without new
+# warnings of sparse and W=1, and every patch builds on its own.
+. "$(dirname "$0")/tap.sh"
+
+# Warnings of W=1 and sparse in the C files that the series touches: base and
+# patched, without line numbers.  What is new?
+new_warnings() {
+	local arch=$1 which src f o=o-$1-lint files
+	use_arch "$arch"
+	src=$("$TOP/scripts/src" patched)
+	mapfile -t files < <(git -C "$src" diff --name-only base HEAD -- \
+		'virt/*.c' 'lib/*.c' "$(cut -d/ -f1-2 <<< "$kernel_image")/*.c")
+	for which in base patched; do
+		src=$("$TOP/scripts/src" $which)
+		mkdir -p "$src/$o"
+		cp "$src/o-$arch-plain/.config" "$src/$o/.config"
+		make -s -C "$src" O="$o" "${kernel_make[@]}" CC="$kernel_cc" -j"$JOBS" olddefconfig prepare
+		: > "$work/$which"
+		for f in "${files[@]}"; do
+			[[ -f $src/$f ]] || continue
+			rm -f "$src/$o/${f%.c}.o"
+			make -s -C "$src" O="$o" "${kernel_make[@]}" CC="$kernel_cc" KCFLAGS=-Wno-error \
+				W=1 C=2 CHECK=sparse "${f%.c}.o" >> "$work/$which" 2>&1
+		done
+		sed -nE '/: (warning|error):/s/:[0-9]+(:[0-9]+)?:/:/p' "$work/$which" | sort > "$work/$which.sorted"
+	done
+	none < <(comm -13 "$work/base.sorted" "$work/patched.sorted")
+}
+
+for arch in $ARCHES; do
+	for which in base patched; do
+		ok "kernel $which $arch" "$TOP/scripts/build-kernel" $which "$arch" plain
+	done
+	ok "selftests $arch" "$TOP/scripts/build-tests" "$arch"
+	ok "no new warning of W=1 or sparse on $arch" new_warnings "$arch"
+done
+ok "every patch builds (those recorded in BUILT are known to)" "$TOP/scripts/bisect" --quick
+done_testing

@@ -1,0 +1,22 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# The main job: selftests on base and patched kernels.  One point a test: ok
+# and no worse than on the base.
+. "$(dirname "$0")/tap.sh"
+
+"$TOP/scripts/run" > "$log" 2>&1 < /dev/null || :
+sed 's/^/# /' "$log"
+while IFS=$'\t' read -r feature arch test base patched; do
+	[[ $feature = feature ]] && continue
+	case $base-$patched in
+	*-ok) say "ok $((++points)) - $arch $test" ;;
+	skip-skip) say "ok $((++points)) - $arch $test # SKIP on base and patched" ;;
+	*) say "not ok $((++points)) - $arch $test: base $base, patched $patched" ;;
+	esac
+done < "$TOP/build/results.tsv"
+# Skipped everywhere means untested: tests.tsv must say so, with a reason.
+untested() {
+	none < <(awk -F'\t' 'NR > 1 && $4 != "ok" && $5 == "skip"' "$TOP/build/results.tsv")
+}
+ok "no test is skipped on every kernel" untested
+done_testing

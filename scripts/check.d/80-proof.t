@@ -1,0 +1,42 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# The tests bite: what tests.map names fails, or is skipped for want of the
+# capability, without the patches, and passes with them.
+. "$(dirname "$0")/tap.sh"
+
+builds() {
+	local src=$1 arch=$2 test=$3
+	use_arch "$arch"
+	rm -rf "${work:?}/$arch"
+	mkdir -p "$work/$arch/kvm"
+	make -s -C "$src/tools/testing/selftests/kvm" "${kernel_make[@]}" CC="$kernel_cc" \
+		OUTPUT="$work/$arch/kvm" USERCFLAGS=-Werror USERLDFLAGS=-static \
+		KHDR_INCLUDES="-isystem $BUILD/tests/$arch/headers-$4/usr/include" "$work/$arch/kvm/$test"
+}
+bites() {
+	local base patched
+	read -r base patched < <(awk -F'\t' -v a="$1" -v t="$2" '$2 == a && $3 == t { print $4, $5 }' \
+		"$TOP/build/results.tsv") || { say "no result: run scripts/check selftests first"; return 1; }
+	say "base $base, patched $patched; expected fail or skip, and ok"
+	[[ $base = fail || $base = skip ]] && [[ $patched = ok ]]
+}
+
+while IFS=$'\t' read -r patches _ arch how test; do
+	[[ $patches = \#* ]] && continue
+	case $how in
+	run) ok "$patches: $arch $test fails without, passes with" bites "$arch" "$test" ;;
+	build)
+		use_arch "$arch"
+		for which in base patched; do
+			src=$("$TOP/scripts/src" $which)
+			make -s -C "$src" O="$BUILD/tests/$arch/headers-$which" "${kernel_make[@]}" headers > /dev/null
+			if [[ $which = base ]]; then
+				ok "$patches: $arch $test does not build without" not builds "$src" "$arch" "$test" $which
+			else
+				ok "$patches: $arch $test builds with" builds "$src" "$arch" "$test" $which
+			fi
+		done
+		;;
+	esac
+done < "$PATCHES/tests.map"
+done_testing

@@ -1,0 +1,243 @@
+#!/bin/bash
+# SPDX-License-Identifier: GPL-2.0
+# The harness itself: whatever goes wrong turns the result red and says why,
+# and errors of the user or of the machine are clear and leave nothing behind.
+. "$(dirname "$0")/tap.sh"
+
+# machine ARCH FLAVOUR TESTLINE...: boot with victim as the test
+machine() {
+	local arch=$1 flavour=$2 tests files
+	shift 2
+	tests=$("$TOP/scripts/build-tests" "$arch")
+	printf '%s\n' "$@" > "$work/tests"
+	files=("$tests/victim:victim")
+	[[ $flavour = plain ]] ||
+		files+=("$BUILD/src/patched/o-$arch-$flavour/mm/kmemleak-test.ko:kmemleak-test.ko")
+	LIMIT=${LIMIT:-} "$TOP/scripts/boot" "$arch" "$("$TOP/scripts/build-kernel" patched "$arch" "$flavour")" \
+		"$work/out" "$work/tests" "${files[@]}"
+}
+# red NAME REASON: the test or point NAME failed, for a reason that matches
+red() {
+	cat "$work/out/results.tsv"
+	awk -F'\t' -v n="$1" '$1 == n && $2 == "fail"' "$work/out/results.tsv" | grep -E "$2"
+}
+turns_red() {
+	local name=$1 reason=$2
+	shift 2
+	if machine "$@"; then
+		say "the result is green"
+		return 1
+	fi
+	red "$name" "$reason"
+}
+stays_green() { machine "$@"; }
+skips() {
+	machine x86_64 plain $'10\tv\t/victim skip' && grep -P '^v\tskip\t.*planted' "$work/out/results.tsv"
+}
+# Only one vCPU: the machine of x86-64 stops for good when it panics so early.
+no_verdict() {
+	LIMIT=25 turns_red verdict 'no verdict' x86_64 plain $'9999\tv\t/victim hang' && red qemu 'not done after'
+}
+setting_restored() {
+	machine x86_64 plain $'10\ta\t/proc/sys/kernel/panic_on_oops=0 /victim pass' \
+		$'10\tb\t/victim pass' && not grep 'setting' "$work/out/tap"
+}
+bad_setting() {
+	machine x86_64 plain $'10\ta\t/proc/sys/no/such=0 /victim pass'
+	grep 'setting /proc/sys/no/such to 0 failed' "$work/out/tap"
+}
+
+ok "a passing test is green" stays_green x86_64 plain $'10\tv\t/victim pass'
+ok "a skipping test is a skip, with its reason" skips
+ok "a failing test is red" turns_red v 'exit code 1' x86_64 plain $'10\tv\t/victim fail'
+ok "a missing program is red" turns_red v 'exit code 127' x86_64 plain $'10\tv\t/nothing'
+ok "a crashing test is red" turns_red v 'signal 6' x86_64 plain $'10\tv\t/victim crash'
+ok "a hanging test is red" turns_red v 'not done after 3 s' x86_64 plain $'3\tv\t/victim hang'
+ok "a splat in the log is red" turns_red v 'splat: WARNING:planted' \
+	x86_64 plain $'10\tv\t/victim log WARNING:planted'
+ok "a kernel warning is red" turns_red v 'the machine died' x86_64 plain $'10\tv\t/victim splat'
+ok "a kernel panic is red" turns_red verdict 'no verdict' x86_64 plain $'10\tv\t/victim panic'
+ok "a kernel panic is red on arm64" turns_red verdict 'no verdict' arm64 plain $'10\tv\t/victim panic'
+ok "a machine without a verdict is red" no_verdict
+ok "a leak is red" turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko'
+ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
+ok "a test's settings are put back" setting_restored
+ok "a setting that fails is said" bad_setting
+
+# A project of its own, so that nothing here can harm the real one.
+copy=$work/project
+project() {
+	rm -rf "$copy"
+	mkdir -p "$copy/build/$BASE"
+	cp -r "$TOP"/{patches,scripts,Makefile} "$copy"
+	for d in tools Documentation; do
+		[[ ! -d $TOP/$d ]] || cp -r "$TOP/$d" "$copy"
+	done
+	[[ ${1:-} != tree ]] || {
+		git clone -q --shared --no-checkout "$BUILD/tree" "$copy/build/$BASE/tree"
+		git -C "$copy/build/$BASE/tree" symbolic-ref HEAD refs/heads/series
+		git -C "$copy/build/$BASE/tree" update-ref refs/heads/series "$tip"
+		git -C "$copy/build/$BASE/tree" update-ref refs/exported "$tip"
+		git -C "$copy/build/$BASE/tree" sparse-checkout set --no-cone /virt/kvm/ /COPYING
+		git -C "$copy/build/$BASE/tree" reset -q --hard
+	}
+}
+tip=$("$TOP/scripts/apply" "$BUILD/tree")
+ctree=$copy/build/$BASE/tree
+
+export_difference() {
+	project tree
+	first=("$copy/patches/$BASE/"0001-*.patch)
+	sed -i 's/^Subject: \[PATCH\] KVM:/Subject: [PATCH]  KVM:/' "${first[0]}"
+	fails_with "is not what 'make export' writes" "$copy/scripts/export" --check
+}
+mirror_difference() {
+	project tree
+	mkdir -p "$copy/tools/testing/selftests/kvm"
+	echo edited > "$copy/tools/testing/selftests/kvm/by_hand.c"
+	fails_with by_hand.c "$copy/scripts/export" --check
+}
+unlisted_patch() {
+	project tree
+	cp "$copy/patches/$BASE/"0001-*.patch "$copy/patches/$BASE/0099-extra.patch"
+	fails_with '0099-extra.patch' "$copy/scripts/tree"
+}
+does_not_apply() {
+	project tree
+	first=("$copy/patches/$BASE/"0001-*.patch)
+	sed -i 's/^-\t/-\tnot what is there /' "${first[0]}"
+	fails_with 'does not apply' "$copy/scripts/tree" &&
+		[[ $(git -C "$ctree" rev-parse series) = "$tip" ]] && not compgen -G "$copy/build/$BASE/apply.*/"
+}
+dirty_tree() {
+	project tree
+	echo edited >> "$ctree/COPYING"
+	fails_with 'not committed' "$copy/scripts/export"
+}
+fixup_left() {
+	project tree
+	echo edited >> "$ctree/COPYING"
+	as_series git -C "$ctree" commit -qasm 'fixup! KVM: something'
+	fails_with 'fold these first' "$copy/scripts/export"
+}
+not_signed() {
+	project tree
+	echo edited >> "$ctree/COPYING"
+	as_series git -C "$ctree" commit -qam 'KVM: something'
+	fails_with 'lack a Signed-off-by' "$copy/scripts/export" && diff -r "$TOP/patches" "$copy/patches"
+}
+unexported_work() {
+	project tree
+	echo edited >> "$ctree/COPYING"
+	as_series git -C "$ctree" commit -qasm 'KVM: something'
+	rm "$copy/patches/$BASE/"0005-*.patch
+	sed -i '/^0005/d' "$copy/patches/$BASE/series"
+	fails_with 'not exported' "$copy/scripts/tree" && grep -q edited "$ctree/COPYING"
+}
+export_adds() {
+	project tree
+	echo edited >> "$ctree/COPYING"
+	as_series git -C "$ctree" commit -qasm 'KVM: something'
+	"$copy/scripts/export" && compgen -G "$copy/patches/$BASE/*-KVM-something.patch" &&
+		"$copy/scripts/export" --check && "$copy/scripts/tree" && "$copy/scripts/export" --check
+}
+unknown_base() { fails_with "no base '9.9'" env BASE=9.9 "$TOP/scripts/tree"; }
+bad_jobs() { fails_with 'JOBS must be a number' env JOBS=many "$TOP/scripts/tree"; }
+bad_config() {
+	project
+	cp -r --reflink=auto "$copy/scripts" "$work/scripts"
+	echo CONFIG_NO_SUCH_THING=y >> "$copy/scripts/kconfig/common.config"
+	ln -s "$BUILD/tree" "$copy/build/$BASE/tree"
+	ln -s "$BUILD/src" "$copy/build/$BASE/src"
+	sed -i 's/o-\$arch-\$flavour/o-\$arch-\$flavour-bad/g' "$copy/scripts/build-kernel"
+	fails_with 'did not take effect: CONFIG_NO_SUCH_THING=y' "$copy/scripts/build-kernel" patched x86_64 plain
+	rm -rf "$BUILD/src/patched/o-x86_64-plain-bad" "$BUILD/src/patched/o-x86_64-plain-bad.kept"
+}
+
+# An apt of our own says what the real one would.
+fake_apt() {
+	mkdir -p "$work/bin"
+	printf '#!/bin/sh\n%s\n' "$1" > "$work/bin/apt-cache"
+	printf '#!/bin/sh\n%s\n' "$2" > "$work/bin/apt-get"
+	chmod +x "$work/bin/"*
+}
+fetch_with() { PATH=$work/bin:$PATH XDG_CACHE_HOME=$work/cache "$copy/scripts/fetch"; }
+package=$(base_info package)
+version=$(base_info version)
+offers() { say "echo ' $package | $1 | somewhere'"; }
+# A package with a tiny tree in it.
+make_deb() {
+	mkdir -p "$work/deb/DEBIAN" "$work/deb/usr/src" "$work/linux-x"
+	echo > "$work/linux-x/Kbuild"
+	tar -C "$work" -cJf "$work/deb/usr/src/$package.tar.xz" linux-x
+	printf 'Package: %s\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n' \
+		"$package" > "$work/deb/DEBIAN/control"
+	dpkg-deb -b "$work/deb" "$work/tiny.deb" > /dev/null
+}
+nothing_left() { not compgen -G "$work/cache/kvm-series/*[!k]"; }
+not_offered() {
+	project
+	fake_apt : :
+	fails_with "apt does not offer $package: run 'apt-get update'" fetch_with && nothing_left
+}
+broken_download() {
+	project
+	fake_apt "$(offers "$version")" "echo 'E: Failed to fetch' >&2; exit 100"
+	fails_with "downloading $package $version failed" fetch_with && nothing_left
+}
+wrong_checksum() {
+	project
+	make_deb
+	fake_apt "$(offers "$version")" "cp $work/tiny.deb ."
+	fails_with 'checksum .* differs: expected' fetch_with && nothing_left
+}
+newer_offered() {
+	project
+	make_deb
+	fake_apt "$(offers 99.1-1)" "cp $work/tiny.deb ."
+	fetch_with > "$work/fetched" 2> "$work/said" || { cat "$work/said"; return 1; }
+	cat "$work/said"
+	grep -q "$version is no longer offered; using 99.1-1" "$work/said" &&
+		[[ $(git --git-dir="$(cat "$work/fetched")" show base:Kbuild) = "" ]]
+	rm -rf "$work/cache"
+}
+disk_full() {
+	project
+	mkdir -p "$work/small"
+	if ! mount -t tmpfs -o size=8m none "$work/small" 2> /dev/null; then
+		say "# mounting needs root" >&2
+		return 0
+	fi
+	fake_apt "$(offers "$version")" :
+	fails_with 'GiB are needed: free some space' \
+		env PATH="$work/bin:$PATH" XDG_CACHE_HOME="$work/small" "$copy/scripts/fetch"
+	local rc=$?
+	umount "$work/small"
+	return $rc
+}
+missing_tool() {
+	project tree
+	mkdir -p "$work/nothing"
+	for t in bash dirname cat sort head nproc sed ls xargs; do ln -sf "$(command -v $t)" "$work/nothing/"; done
+	fails_with "git is not installed: run 'make deps'" env PATH="$work/nothing" "$copy/scripts/export"
+}
+
+ok "an edited patch is red" export_difference
+ok "an edited mirror is red" mirror_difference
+ok "a patch outside the series file is an error" unlisted_patch
+ok "a patch that does not apply is named, nothing changes" does_not_apply
+ok "export refuses a dirty tree" dirty_tree
+ok "export refuses fixups" fixup_left
+ok "export refuses a commit without sign-off" not_signed
+ok "tree does not throw away work that was not exported" unexported_work
+ok "export writes a new patch, and the round trip holds" export_adds
+ok "an unknown BASE is an error" unknown_base
+ok "a bad JOBS is an error" bad_jobs
+ok "a config line without effect is an error" bad_config
+ok "a package that apt does not offer is an error" not_offered
+ok "a download that breaks off is an error" broken_download
+ok "a wrong checksum is an error" wrong_checksum
+ok "a newer version is taken, with a message" newer_offered
+ok "a full disk is an error beforehand" disk_full
+ok "a missing tool is named" missing_tool
+done_testing

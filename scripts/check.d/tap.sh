@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash
+#
+# A TAP producer for the checks, to be sourced: every check is a bash script
+# NN-name.t that prints one point for each thing it proves.
+
+. "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
+
+check=$(basename "$0" .t)
+log=$BUILD/log/check-$check.log
+work=$BUILD/check/$check
+rm -rf "$work"
+mkdir -p "$work" "$BUILD/log"
+points=0
+
+# ok DESCRIPTION COMMAND...: a point that passes with exit code 0
+ok() {
+	local what=$1
+	shift
+	if "$@" > "$log" 2>&1 < /dev/null; then
+		say "ok $((++points)) - $what"
+	else
+		say "not ok $((++points)) - $what"
+		tail -n 40 "$log" | sed 's/^/# /'
+	fi
+}
+
+# fails_with PATTERN COMMAND...: the command fails, and says why
+fails_with() {
+	local pattern=$1 output
+	shift
+	if output=$("$@" 2>&1); then
+		say "expected a failure, but it succeeded:" "$output"
+		return 1
+	fi
+	say "$output"
+	grep -qE "$pattern" <<< "$output" && return
+	say "expected a message like: $pattern"
+	return 1
+}
+
+# not COMMAND...: it fails
+not() { ! "$@"; }
+
+# none: standard input is empty; what it is otherwise is shown
+none() { not grep ''; }
+
+done_testing() { say "1..$points"; }

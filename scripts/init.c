@@ -1,0 +1,545 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * PID 1 of the test machine.
+ *
+ * Runs the tests listed in /tests one after another and speaks TAP on the
+ * virtio-serial port named "tap".  The plan ("1..N") is the verdict: it is
+ * written last, after the kernel log and the leak scan were judged.  A machine
+ * that panics, hangs or is cut off therefore never has a plan, and whoever
+ * reads the TAP takes that for a failure.
+ *
+ * /tests      one test a line: timeout in seconds (1 to 86400), name, command
+ *             with arguments, separated by tabs.  Words /path=value in front of
+ *             the command are written before the test and put back after it.
+ * /tolerated  one extended regular expression a line, for lines of the kernel
+ *             log that look like a splat and are not.
+ *
+ * A test passes with exit code 0 and a clean kernel log, is skipped with exit
+ * code 4 (KSFT_SKIP), and fails otherwise.  It is killed, with all it started,
+ * when its time is over.
+ */
+#define _GNU_SOURCE
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <regex.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mount.h>
+#include <sys/reboot.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/sysmacros.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#define KSFT_SKIP	4
+#define MAX_TOLERATED	64
+
+/* Lines of the kernel log that no healthy run prints. */
+static const char splat_pattern[] =
+	"WARNING:|BUG:|BUG at|Oops|Kernel panic|Call [Tt]race:|KASAN:|UBSAN:|"
+	"ODEBUG:|refcount_t:|general protection fault|Unable to handle kernel|"
+	"possible .*(deadlock|locking dependency|recursive locking)|"
+	"suspicious RCU usage|rcu: INFO: .*stall|detected stall|"
+	"INFO: task .* blocked for more|soft lockup|hard LOCKUP|"
+	"kmemleak: [0-9]+ new suspected|unreferenced object|"
+	"Workqueue lockup|sleeping function called|Bad page state|page allocation failure";
+
+static int tap_fd = STDOUT_FILENO;
+static int kmsg_fd = -1;
+static int points;
+static regex_t splat_re;
+static regex_t tolerated_re[MAX_TOLERATED];
+static int nr_tolerated;
+
+static void tap(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
+
+static void tap(const char *fmt, ...)
+{
+	char line[4096];
+	const char *p = line;
+	va_list ap;
+	int len;
+
+	va_start(ap, fmt);
+	len = vsnprintf(line, sizeof(line), fmt, ap);
+	va_end(ap);
+	if (len >= (int)sizeof(line))
+		len = sizeof(line) - 1;
+
+	while (len > 0) {
+		ssize_t n = write(tap_fd, p, len);
+
+		if (n < 0 && errno != EINTR && errno != EAGAIN)
+			return;
+		if (n > 0) {
+			p += n;
+			len -= n;
+		}
+	}
+}
+
+static void point(bool ok, const char *name, const char *directive)
+{
+	tap("%sok %d - %s%s%s\n", ok ? "" : "not ", ++points, name,
+	    *directive ? " # " : "", directive);
+}
+
+/* The host sees a TAP without a plan, and the reason. */
+static void give_up(const char *what)
+{
+	tap("Bail out! init: %s: %s\n", what, strerror(errno));
+	fprintf(stderr, "init: %s: %s\n", what, strerror(errno));
+	sync();
+	reboot(RB_POWER_OFF);
+	_exit(1);
+}
+
+static void mount_at(const char *type, const char *dir, bool required)
+{
+	mkdir(dir, 0755);
+	if (mount(type, dir, type, 0, NULL) && errno != EBUSY && required)
+		give_up(dir);
+}
+
+static bool write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY | O_CLOEXEC);
+	bool ok = fd >= 0 && write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+
+	if (fd >= 0)
+		close(fd);
+	return ok;
+}
+
+static bool read_line(const char *path, char *buf, size_t size)
+{
+	FILE *f = fopen(path, "re");
+	bool ok = f && fgets(buf, size, f);
+
+	if (f)
+		fclose(f);
+	if (ok)
+		buf[strcspn(buf, "\n")] = '\0';
+	return ok;
+}
+
+/* Without udev, the port's name is only in sysfs. */
+static int open_port(const char *wanted)
+{
+	DIR *dir = opendir("/sys/class/virtio-ports");
+	struct dirent *de;
+	int fd = -1;
+
+	while (dir && fd < 0 && (de = readdir(dir))) {
+		char path[512], name[64];
+
+		snprintf(path, sizeof(path), "/sys/class/virtio-ports/%s/name", de->d_name);
+		if (!read_line(path, name, sizeof(name)) || strcmp(name, wanted))
+			continue;
+		snprintf(path, sizeof(path), "/dev/%s", de->d_name);
+		fd = open(path, O_WRONLY | O_CLOEXEC);
+	}
+	if (dir)
+		closedir(dir);
+	return fd;
+}
+
+static void load_patterns(void)
+{
+	char line[1024];
+	FILE *f;
+
+	if (regcomp(&splat_re, splat_pattern, REG_EXTENDED | REG_NOSUB))
+		give_up("splat pattern");
+
+	f = fopen("/tolerated", "re");
+	while (f && fgets(line, sizeof(line), f)) {
+		line[strcspn(line, "\n")] = '\0';
+		if (!*line)
+			continue;
+		errno = EINVAL;
+		if (nr_tolerated == MAX_TOLERATED ||
+		    regcomp(&tolerated_re[nr_tolerated], line, REG_EXTENDED | REG_NOSUB))
+			give_up("/tolerated");
+		nr_tolerated++;
+	}
+	if (f)
+		fclose(f);
+}
+
+static bool is_splat(const char *line)
+{
+	int i;
+
+	if (regexec(&splat_re, line, 0, NULL, 0))
+		return false;
+	for (i = 0; i < nr_tolerated; i++) {
+		if (!regexec(&tolerated_re[i], line, 0, NULL, 0))
+			return false;
+	}
+	return true;
+}
+
+/*
+ * Read what the kernel logged since the last call.  Returns the number of
+ * splat lines and copies the first one.  Lost records (-EPIPE) count as one:
+ * what could not be read cannot be called clean.
+ */
+static int scan_kmsg(char *first, size_t size)
+{
+	char rec[8192];
+	int splats = 0;
+
+	for (;;) {
+		ssize_t n = read(kmsg_fd, rec, sizeof(rec) - 1);
+		char *text;
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0 && errno == EPIPE) {
+			if (!splats++)
+				snprintf(first, size, "kernel log overrun");
+			continue;
+		}
+		if (n <= 0)
+			return splats;
+
+		rec[n] = '\0';
+		text = strchr(rec, ';');
+		text = text ? text + 1 : rec;
+		text[strcspn(text, "\n")] = '\0';
+		if (is_splat(text) && !splats++)
+			snprintf(first, size, "%.*s", (int)size - 1, text);
+	}
+}
+
+/*
+ * Marks the place in the kernel log.  A record cannot be read before the next
+ * one begins if it does not end in a newline, so this also brings out the last
+ * words of a test.
+ */
+static void mark_log(const char *what, const char *name)
+{
+	char line[512];
+
+	snprintf(line, sizeof(line), "init: %s %s\n", what, name);
+	write_file("/dev/kmsg", line);
+}
+
+static double now(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec + ts.tv_nsec / 1e9;
+}
+
+/*
+ * Settings of one test: files in sysfs and the like, their value before the
+ * test is put back after it.
+ */
+#define MAX_SETTINGS	16
+static struct {
+	char path[256];
+	char before[128];
+} settings[MAX_SETTINGS];
+static int nr_settings;
+
+/* Cuts the leading /path=value words off a command, and applies them. */
+static char *apply_settings(char *command)
+{
+	char *value, *end;
+
+	nr_settings = 0;
+	while (command[0] == '/' && (value = strchr(command, '=')) &&
+	       value < command + strcspn(command, " ")) {
+		end = value + strcspn(value, " ");
+		*value++ = '\0';
+		if (*end)
+			*end++ = '\0';
+
+		errno = E2BIG;
+		if (nr_settings == MAX_SETTINGS || strlen(command) >= sizeof(settings[0].path))
+			give_up(command);
+		strcpy(settings[nr_settings].path, command);
+		if (!read_line(command, settings[nr_settings].before,
+			       sizeof(settings[0].before)) || !write_file(command, value))
+			tap("# setting %s to %s failed: %s\n", command, value, strerror(errno));
+		else
+			nr_settings++;
+		command = end;
+	}
+	return command;
+}
+
+static void restore_settings(void)
+{
+	while (nr_settings--) {
+		if (!write_file(settings[nr_settings].path, settings[nr_settings].before))
+			tap("# setting %s back failed: %s\n",
+			    settings[nr_settings].path, strerror(errno));
+	}
+}
+
+/* Reap what a test left behind, and wait until nothing but PID 1 lives. */
+static void kill_leftovers(void)
+{
+	kill(-1, SIGKILL);
+	while (waitpid(-1, NULL, 0) > 0 || errno == EINTR)
+		;
+}
+
+static void exec_test(char *command, int out)
+{
+	char *argv[64];
+	int argc = 0;
+	char *arg;
+
+	setsid();
+	dup2(out, STDOUT_FILENO);
+	dup2(out, STDERR_FILENO);
+	for (arg = strtok(command, " "); arg && argc < 63; arg = strtok(NULL, " "))
+		argv[argc++] = arg;
+	argv[argc] = NULL;
+	execv(argv[0], argv);
+	fprintf(stderr, "init: cannot run %s: %s\n", argv[0], strerror(errno));
+	_exit(127);
+}
+
+static void end_line(char *line, size_t *len, char *reason, size_t size)
+{
+	line[*len] = '\0';
+	*len = 0;
+	tap("# %s\n", line);
+	if (strcasestr(line, "skip") || strcasestr(line, "requirement"))
+		snprintf(reason, size, "%.*s", (int)size - 1, line);
+}
+
+/*
+ * Copy the output of a test as TAP comments until it closes its end of the
+ * pipe.  Keeps the last line that gives a reason to skip.  Returns false when
+ * the time is over first.
+ */
+static bool copy_output(int fd, double deadline, char *reason, size_t size)
+{
+	char buf[4096], line[1024];
+	size_t len = 0;
+	ssize_t i, n;
+
+	for (;;) {
+		struct pollfd pfd = { .fd = fd, .events = POLLIN };
+		double left = deadline - now();
+
+		if (left <= 0)
+			return false;
+		if (poll(&pfd, 1, (int)(left * 1000) + 1) <= 0)
+			continue;
+		n = read(fd, buf, sizeof(buf));
+		if (n <= 0)
+			break;
+		for (i = 0; i < n; i++) {
+			if (buf[i] != '\n') {
+				if (len < sizeof(line) - 1)
+					line[len++] = buf[i];
+				continue;
+			}
+			end_line(line, &len, reason, size);
+		}
+	}
+	if (len)
+		end_line(line, &len, reason, size);
+	return true;
+}
+
+static void run_test(long timeout, const char *name, char *command)
+{
+	char reason[512] = "no reason given", splat[1024] = "";
+	char directive[1200] = "";
+	double start = now();
+	bool ok = false, in_time;
+	int fds[2], status;
+	pid_t pid;
+
+	tap("# begin %s\n", name);
+	mark_log("begin", name);
+	command = apply_settings(command);
+	if (pipe2(fds, O_CLOEXEC))
+		give_up("pipe2");
+	pid = fork();
+	if (pid < 0)
+		give_up("fork");
+	if (!pid)
+		exec_test(command, fds[1]);
+
+	close(fds[1]);
+	in_time = copy_output(fds[0], start + timeout, reason, sizeof(reason));
+	if (!in_time)
+		kill(pid, SIGKILL);
+	waitpid(pid, &status, 0);
+	close(fds[0]);
+	kill_leftovers();
+	restore_settings();
+	mark_log("end", name);
+
+	if (!in_time) {
+		tap("# killed: not done after %ld s\n", timeout);
+	} else if (WIFSIGNALED(status)) {
+		tap("# killed by signal %d (%s)\n", WTERMSIG(status),
+		    strsignal(WTERMSIG(status)));
+	} else if (WEXITSTATUS(status) == KSFT_SKIP) {
+		ok = true;
+		snprintf(directive, sizeof(directive), "SKIP %s", reason);
+	} else {
+		ok = !WEXITSTATUS(status);
+		if (!ok)
+			tap("# exit code %d\n", WEXITSTATUS(status));
+	}
+
+	if (scan_kmsg(splat, sizeof(splat))) {
+		tap("# splat: %s\n", splat);
+		directive[0] = '\0';
+		ok = false;
+	}
+	tap("# time %.2f\n", now() - start);
+	point(ok, name, directive);
+}
+
+static void run_tests(void)
+{
+	FILE *f = fopen("/tests", "re");
+	char line[4096];
+
+	if (!f)
+		give_up("/tests");
+	while (fgets(line, sizeof(line), f)) {
+		char *save, *timeout, *name, *command;
+
+		line[strcspn(line, "\n")] = '\0';
+		timeout = strtok_r(line, "\t", &save);
+		name = strtok_r(NULL, "\t", &save);
+		command = strtok_r(NULL, "\t", &save);
+		errno = EINVAL;
+		if (!command || atol(timeout) < 1 || atol(timeout) > 86400)
+			give_up("/tests: want timeout, name, command");
+		run_test(atol(timeout), name, command);
+	}
+	fclose(f);
+}
+
+/*
+ * kmemleak reports only objects older than five seconds that two scans in a
+ * row found unreferenced; the age is the one thing here that takes waiting.
+ */
+static void check_leaks(void)
+{
+	static const char path[] = "/sys/kernel/debug/kmemleak";
+	char line[1024];
+	int lines = 0;
+	FILE *f;
+
+	if (access(path, F_OK))
+		return;
+
+	/* Objects of the boot are not this run's business, see main(). */
+	sleep(6);
+	if (!write_file(path, "scan") || !write_file(path, "scan"))
+		give_up(path);
+	f = fopen(path, "re");
+	while (f && fgets(line, sizeof(line), f)) {
+		lines++;
+		line[strcspn(line, "\n")] = '\0';
+		tap("# %s\n", line);
+	}
+	if (f)
+		fclose(f);
+	point(f && !lines, "no leak", "");
+}
+
+/*
+ * x86 boots on clock source tsc-early and turns to tsc when that is calibrated,
+ * after about two seconds.  KVM's clocks depend on it, and tests look at it.
+ */
+static void wait_for_clock(void)
+{
+	const struct timespec ms20 = { .tv_nsec = 20 * 1000 * 1000 };
+	double deadline = now() + 20;
+	char clock[64];
+
+	while (read_line("/sys/devices/system/clocksource/clocksource0/current_clocksource",
+			 clock, sizeof(clock)) &&
+	       !strcmp(clock, "tsc-early") && now() < deadline)
+		nanosleep(&ms20, NULL);
+}
+
+int main(void)
+{
+	struct rlimit lim = { 65536, 65536 };
+	char splat[1024] = "";
+	int fd;
+
+	mount_at("devtmpfs", "/dev", true);
+	mount_at("proc", "/proc", true);
+	mount_at("sysfs", "/sys", true);
+	mount_at("tmpfs", "/tmp", true);
+	mkdir("/dev/shm", 0777);
+	mount_at("tmpfs", "/dev/shm", true);
+	mount_at("debugfs", "/sys/kernel/debug", false);
+	mount_at("tracefs", "/sys/kernel/tracing", false);
+	mount_at("cgroup2", "/sys/fs/cgroup", false);
+
+	fd = open("/dev/console", O_RDWR);
+	if (fd >= 0) {
+		dup2(fd, 0);
+		dup2(fd, 1);
+		dup2(fd, 2);
+	}
+	setenv("PATH", "/", 0);
+	setenv("HOME", "/", 0);
+	setrlimit(RLIMIT_NOFILE, &lim);
+	chdir("/tmp");
+
+	fd = open_port("tap");
+	if (fd < 0)
+		give_up("no virtio-serial port named tap");
+	tap_fd = fd;
+	tap("TAP version 13\n");
+
+	load_patterns();
+	kmsg_fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
+	if (kmsg_fd < 0)
+		give_up("/dev/kmsg");
+
+	wait_for_clock();
+
+	/* Only the leaks of the tests count; clear what the boot left. */
+	write_file("/sys/kernel/debug/kmemleak", "scan=off");
+	write_file("/sys/kernel/debug/kmemleak", "clear");
+
+	if (scan_kmsg(splat, sizeof(splat)))
+		tap("# splat: %s\n", splat);
+	point(!*splat, "boot", "");
+	point(!access("/dev/kvm", R_OK | W_OK), "/dev/kvm", "");
+
+	run_tests();
+	check_leaks();
+
+	mark_log("end", "of all tests");
+	if (scan_kmsg(splat, sizeof(splat)))
+		tap("# splat: %s\n", splat);
+	point(!*splat, "kernel log", "");
+
+	tap("1..%d\n", points);
+	fsync(tap_fd);
+	sync();
+	reboot(RB_POWER_OFF);
+	return 1;
+}

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: GPL-2.0
+# shellcheck shell=bash disable=SC2034 # used by those who source it
+#
+# Common ground of the scripts, to be sourced: where things are, how steps are
+# shown, and how an error is said.
+#
+# Environment (all optional):
+#   BASE            folder under patches/ to work on (default: the oldest)
+#   JOBS            parallel jobs, 1 or more (default: number of CPUs)
+#   XDG_CACHE_HOME  where downloads and the unpacked base are kept
+
+set -euo pipefail
+shopt -s inherit_errexit nullglob
+export LC_ALL=C
+
+TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+DEFAULT_BASE=$(cd "$TOP/patches" && printf '%s\n' */ | sort -V | head -n 1)
+DEFAULT_BASE=${DEFAULT_BASE%/}
+BASE=${BASE:-$DEFAULT_BASE}
+JOBS=${JOBS:-$(nproc)}
+PATCHES=$TOP/patches/$BASE
+BUILD=$TOP/build/$BASE
+CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-series
+ARCHES="x86_64 arm64"
+
+say() { printf '%s\n' "$*"; }
+die() {
+	printf 'error: %s\n' "$*" >&2
+	exit 1
+}
+
+[[ -d $PATCHES ]] || die "no base '$BASE': BASE must be one of: $(cd "$TOP/patches" && echo */)"
+[[ $JOBS =~ ^[1-9][0-9]*$ ]] || die "JOBS must be a number from 1, not '$JOBS'"
+
+# What the scripts do with git does not depend on anybody's configuration.
+export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
+export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+export GIT_TERMINAL_PROMPT=0
+unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_EDITOR
+SERIES_NAME="KVM Series Developers"
+SERIES_EMAIL=kvm-series@example.org
+
+# as_series git ...: commit under the fixed identity
+as_series() {
+	GIT_AUTHOR_NAME=$SERIES_NAME GIT_AUTHOR_EMAIL=$SERIES_EMAIL \
+	GIT_COMMITTER_NAME=$SERIES_NAME GIT_COMMITTER_EMAIL=$SERIES_EMAIL "$@"
+}
+
+# base_info KEY: a value of patches/<base>/BASE
+base_info() {
+	local v
+	v=$(sed -n "s/^$1=//p" "$PATCHES/BASE")
+	[[ -n $v ]] || die "$PATCHES/BASE has no line $1=..."
+	say "$v"
+}
+
+# patch_files: the patches in the order of the series file
+patch_files() {
+	sed "s|^|$PATCHES/|" "$PATCHES/series"
+}
+
+# use_arch ARCH: qemu, machine, console, append, kernel_make, kernel_cc, kernel_image
+use_arch() {
+	[[ -f $TOP/scripts/qemu/$1.sh ]] || die "no such architecture: '$1' (want one of: $ARCHES)"
+	# shellcheck source=scripts/qemu/x86_64.sh
+	. "$TOP/scripts/qemu/$1.sh"
+}
+
+elapsed() { printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); }
+
+# need_tool TOOL...: say what is missing and how to get it
+need_tool() {
+	local t
+	for t; do
+		command -v "$t" > /dev/null ||
+			die "$t is not installed: run 'make deps' (installs Debian packages)"
+	done
+}
+
+# need_space DIR GIB: stop before a disk is full rather than after
+need_space() {
+	local free
+	mkdir -p "$1" || die "cannot create $1"
+	free=$(df --output=avail -k "$1" | tail -n 1)
+	((free >= $2 * 1024 * 1024)) ||
+		die "$1 has $((free / 1024)) MiB free, $2 GiB are needed: free some space" \
+		    "(or, for the cache, point XDG_CACHE_HOME elsewhere)"
+}
+
+# step LOG TITLE COMMAND...: run a long command with its output in LOG; show
+# the time it takes; on failure show the end of the log.  Returns the
+# command's exit code.
+step() {
+	local log=$1 title=$2 start=$SECONDS rc=0 ticker
+	shift 2
+	mkdir -p "$(dirname "$log")"
+	# One line a minute, so that neither a person nor CI takes it for hung.
+	(
+		trap 'kill "$!" 2> /dev/null; exit' TERM
+		while :; do
+			sleep 60 &
+			wait "$!"
+			say "  ... $title, $(elapsed $((SECONDS - start)))"
+		done
+	) &
+	ticker=$!
+	"$@" > "$log" 2>&1 < /dev/null || rc=$?
+	kill "$ticker" 2> /dev/null || :
+	wait "$ticker" 2> /dev/null || :
+	if ((rc)); then
+		say "  FAILED $title after $(elapsed $((SECONDS - start))), exit code $rc"
+		say "  the end of ${log#"$TOP"/}:"
+		tail -n 25 "$log" | sed 's/^/    /'
+		grep -q 'No space left on device' "$log" && say "  the disk is full: free some space"
+	else
+		say "  $title: $(elapsed $((SECONDS - start)))"
+	fi
+	return "$rc"
+}
+
+# locked FILE COMMAND...: one at a time
+locked() {
+	local lock=$1
+	shift
+	mkdir -p "$(dirname "$lock")"
+	(
+		flock 9
+		"$@" 9>&-
+	) 9> "$lock"
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * The test that goes wrong on purpose.
+ *
+ * usage: victim pass|skip|fail|crash|hang|log TEXT|splat|panic|leak MODULE
+ *
+ * Each way must turn the result of the harness red (but for pass and skip);
+ * scripts/check.d/50-harness.t runs them all.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static int write_to(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+
+	if (fd < 0 || write(fd, text, strlen(text)) < 0) {
+		perror(path);
+		return 2;
+	}
+	close(fd);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	const char *way = argc > 1 ? argv[1] : "";
+	const char *arg = argc > 2 ? argv[2] : "";
+	int fd;
+
+	printf("victim: %s %s\n", way, arg);
+	fflush(stdout);
+
+	if (!strcmp(way, "pass"))
+		return 0;
+	if (!strcmp(way, "skip")) {
+		printf("1..0 # SKIP Requirement not met: planted\n");
+		return 4;
+	}
+	if (!strcmp(way, "fail"))
+		return 1;
+	if (!strcmp(way, "crash"))
+		abort();
+	if (!strcmp(way, "hang")) {
+		for (;;)
+			pause();
+	}
+	/* A line of the log that looks like a report of lockdep or the like. */
+	if (!strcmp(way, "log"))
+		return write_to("/dev/kmsg", arg);
+	/* LKDTM is the kernel's own module for crashing it. */
+	if (!strcmp(way, "splat"))
+		return write_to("/sys/kernel/debug/provoke-crash/DIRECT", "WARNING");
+	if (!strcmp(way, "panic"))
+		return write_to("/sys/kernel/debug/provoke-crash/DIRECT", "PANIC");
+	/* kmemleak-test.ko loses memory when it is loaded. */
+	if (!strcmp(way, "leak")) {
+		fd = open(arg, O_RDONLY);
+		if (fd < 0 || syscall(SYS_finit_module, fd, "", 0)) {
+			perror(arg);
+			return 2;
+		}
+		return 0;
+	}
+	fprintf(stderr, "usage: victim pass|skip|fail|crash|hang|log TEXT|splat|panic|leak MODULE\n");
+	return 2;
+}
