@@ -6,7 +6,8 @@
  * virtio-serial port named "tap".  The plan ("1..N") is the verdict: it is
  * written last, after the kernel log and the leak scan were judged.  A machine
  * that panics, hangs or is cut off therefore never has a plan, and whoever
- * reads the TAP takes that for a failure.
+ * reads the TAP takes that for a failure.  The kernel log goes to the port named
+ * "kmsg".
  *
  * /tests      one test a line: timeout in seconds (1 to 86400), name, command
  *             with arguments, separated by tabs.  Words /path=value in front of
@@ -55,6 +56,7 @@ static const char splat_pattern[] =
 
 static int tap_fd = STDOUT_FILENO;
 static int kmsg_fd = -1;
+static FILE *log_file;
 static int points;
 static regex_t splat_re;
 static regex_t tolerated_re[MAX_TOLERATED];
@@ -189,6 +191,15 @@ static bool is_splat(const char *line)
 	return true;
 }
 
+/* Pass a record on to the host, in the form of the console. */
+static void log_record(const char *rec, const char *text)
+{
+	unsigned long long usec = 0;
+
+	sscanf(rec, "%*u,%*u,%llu", &usec);
+	fprintf(log_file, "[%5llu.%06llu] %s\n", usec / 1000000, usec % 1000000, text);
+}
+
 /*
  * Read what the kernel logged since the last call.  Returns the number of
  * splat lines and copies the first one.  Lost records (-EPIPE) count as one:
@@ -210,13 +221,16 @@ static int scan_kmsg(char *first, size_t size)
 				snprintf(first, size, "kernel log overrun");
 			continue;
 		}
-		if (n <= 0)
+		if (n <= 0) {
+			fflush(log_file);
 			return splats;
+		}
 
 		rec[n] = '\0';
 		text = strchr(rec, ';');
 		text = text ? text + 1 : rec;
 		text[strcspn(text, "\n")] = '\0';
+		log_record(rec, text);
 		if (is_splat(text) && !splats++)
 			snprintf(first, size, "%.*s", (int)size - 1, text);
 	}
@@ -513,6 +527,11 @@ int main(void)
 	tap_fd = fd;
 	tap("TAP version 13\n");
 
+	fd = open_port("kmsg");
+	log_file = fd < 0 ? NULL : fdopen(fd, "w");
+	if (!log_file)
+		give_up("no virtio-serial port named kmsg");
+
 	load_patterns();
 	kmsg_fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	if (kmsg_fd < 0)
@@ -522,6 +541,7 @@ int main(void)
 
 	/* Only the leaks of the tests count; clear what the boot left. */
 	write_file("/sys/kernel/debug/kmemleak", "scan=off");
+	write_file("/sys/kernel/debug/kmemleak", "scan");
 	write_file("/sys/kernel/debug/kmemleak", "clear");
 
 	if (scan_kmsg(splat, sizeof(splat)))

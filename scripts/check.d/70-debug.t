@@ -27,7 +27,7 @@ for arch in $ARCHES; do
 		*)
 			say "not ok $((++points)) - debug $arch $test: $why"
 			f=$out/${test//\//.}.log
-			[[ -f $f ]] || f=$out/console
+			[[ -f $f ]] || f=$out/kmsg
 			tail -n 40 "$f" | sed 's/^/# /'
 			;;
 		esac

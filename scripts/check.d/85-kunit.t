@@ -5,11 +5,11 @@
 . "$(dirname "$0")/tap.sh"
 
 kunit() {
-	local console=$BUILD/out/$1/console
-	[[ -s $console ]] || { say "no log: run scripts/check selftests debug first"; return 1; }
-	"$src/tools/testing/kunit/kunit.py" parse "$console" || return
+	local kmsg=$BUILD/out/$1/kmsg
+	[[ -s $kmsg ]] || { say "no log: run scripts/check selftests debug first"; return 1; }
+	"$src/tools/testing/kunit/kunit.py" parse "$kmsg" || return
 	# kunit.py is content with a log without any test.
-	grep -q 'Totals: pass:[1-9]' "$console"
+	grep -q 'Totals: pass:[1-9]' "$kmsg"
 }
 
 src=$("$TOP/scripts/src" patched)

@@ -12,7 +12,7 @@ machine() {
 	printf '%s\n' "$@" > "$work/tests"
 	files=("$tests/victim:victim")
 	[[ $flavour = plain ]] ||
-		files+=("$BUILD/src/patched/o-$arch-$flavour/mm/kmemleak-test.ko:kmemleak-test.ko")
+		files+=("$BUILD/src/patched/o-$arch-$flavour/samples/kmemleak/kmemleak-test.ko:kmemleak-test.ko")
 	LIMIT=${LIMIT:-} "$TOP/scripts/boot" "$arch" "$("$TOP/scripts/build-kernel" patched "$arch" "$flavour")" \
 		"$work/out" "$work/tests" "${files[@]}"
 }
@@ -203,17 +203,9 @@ newer_offered() {
 }
 disk_full() {
 	project
-	mkdir -p "$work/small"
-	if ! mount -t tmpfs -o size=8m none "$work/small" 2> /dev/null; then
-		say "# mounting needs root" >&2
-		return 0
-	fi
 	fake_apt "$(offers "$version")" :
 	fails_with 'GiB are needed: free some space' \
 		env PATH="$work/bin:$PATH" XDG_CACHE_HOME="$work/small" "$copy/scripts/fetch"
-	local rc=$?
-	umount "$work/small"
-	return $rc
 }
 missing_tool() {
 	project tree
@@ -238,6 +230,12 @@ ok "a package that apt does not offer is an error" not_offered
 ok "a download that breaks off is an error" broken_download
 ok "a wrong checksum is an error" wrong_checksum
 ok "a newer version is taken, with a message" newer_offered
-ok "a full disk is an error beforehand" disk_full
+mkdir -p "$work/small"
+if mount -t tmpfs -o size=8m none "$work/small" 2> /dev/null; then
+	ok "a full disk is an error beforehand" disk_full
+	umount "$work/small"
+else
+	skip "a full disk is an error beforehand" "a small disk can only be mounted as root"
+fi
 ok "a missing tool is named" missing_tool
 done_testing

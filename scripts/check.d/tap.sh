@@ -25,6 +25,9 @@ ok() {
 	fi
 }
 
+# skip DESCRIPTION REASON
+skip() { say "ok $((++points)) - $1 # SKIP $2"; }
+
 # fails_with PATTERN COMMAND...: the command fails, and says why
 fails_with() {
 	local pattern=$1 output
