@@ -42,9 +42,11 @@ table_form() {
 }
 # Every selftest is run, or there is a reason.
 table_complete() {
-	local arch f n rc=0
+	local arch f n tests rc=0
 	for arch in $ARCHES; do
-		tests=$("$TOP/scripts/build-tests" "$arch")/kvm
+		tests=$("$TOP/scripts/build-tests" "$arch") || return
+		tests=$tests/kvm
+		[[ -x $tests/set_memory_region_test ]] || { say "no selftests in $tests"; return 1; }
 		while read -r f; do
 			n=${f#"$tests/"}
 			awk -F'\t' -v n="$n" -v a="$arch" '{ t = $2; sub(/@.*/, "", t) }

@@ -7,11 +7,27 @@ cd "$src" || exit
 mapfile -t patches < <(patch_files)
 dictionary=$(dpkg -L codespell | grep '/dictionary\.txt$')
 
-# UNKNOWN_COMMIT_ID: the tree has one commit for the base, so no hash of
-# upstream can be known in it.
+# What checkpatch finds but for the exceptions, of which there must be none that
+# is not needed.
 checkpatch() {
-	scripts/checkpatch.pl --strict --quiet --no-summary --codespell --codespellfile "$dictionary" \
-		--ignore UNKNOWN_COMMIT_ID "$@"
+	local number types type
+	number=$(basename "$1")
+	number=${number%%-*}
+	types=$(awk -F'\t' -v n="$number" '!/^#/ && ($1 == n || $1 == "all") { print $2 }' "$PATCHES/checkpatch.tsv")
+	run_checkpatch "$1" "$(xargs <<< "$types" | tr ' ' ,)" || return
+	while read -r type; do
+		types=$(awk -F'\t' -v n="$number" -v t="$type" \
+			'!/^#/ && ($1 == n || $1 == "all") && $2 != t { print $2 }' "$PATCHES/checkpatch.tsv")
+		if run_checkpatch "$1" "$(xargs <<< "$types" | tr ' ' ,)"; then
+			say "checkpatch.tsv excepts $type of $number for nothing"
+			return 1
+		fi
+	done < <(awk -F'\t' -v n="$number" '$1 == n { print $2 }' "$PATCHES/checkpatch.tsv")
+}
+# run_checkpatch PATCH TYPES-TO-IGNORE
+run_checkpatch() {
+	scripts/checkpatch.pl --strict --quiet --no-summary --show-types --codespell \
+		--codespellfile "$dictionary" ${2:+--ignore "$2"} "$1"
 }
 maintainers() {
 	local f rc=0

@@ -9,12 +9,12 @@
 new_warnings() {
 	local arch=$1 which src f o=o-$1-lint files
 	use_arch "$arch"
-	src=$("$TOP/scripts/src" patched)
+	src=$("$TOP/scripts/src" patched) || return
 	mapfile -t files < <(git -C "$src" diff --name-only base HEAD -- \
 		'virt/*.c' 'lib/*.c' "$(cut -d/ -f1-2 <<< "$kernel_image")/*.c")
 	((${#files[@]})) || { say "no C file is touched"; return 0; }
 	for which in base patched; do
-		src=$("$TOP/scripts/src" $which)
+		src=$("$TOP/scripts/src" $which) || return
 		mkdir -p "$src/$o"
 		cp "$src/o-$arch-plain/.config" "$src/$o/.config"
 		make -s -C "$src" O="$o" "${kernel_make[@]}" CC="$kernel_cc" -j"$JOBS" olddefconfig prepare
