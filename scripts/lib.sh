@@ -13,9 +13,6 @@ set -euo pipefail
 shopt -s inherit_errexit nullglob
 export LC_ALL=C
 
-# The tools of Debian's packages, whatever else of the same name is installed.
-PATH=/usr/sbin:/usr/bin:/sbin:/bin:$PATH
-
 TOP=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DEFAULT_BASE=$(cd "$TOP/patches" && printf '%s\n' */ | sort -V | head -n 1)
 DEFAULT_BASE=${DEFAULT_BASE%/}

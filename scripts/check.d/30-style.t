@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # Every patch is fit to be read: checkpatch, spelling, maintainers.
 . "$(dirname "$0")/tap.sh"
+# checkpatch needs the modules of Debian's Python, whatever else is installed.
+PATH=/usr/bin:$PATH
 src=$("$TOP/scripts/src" patched)
 cd "$src" || exit
 mapfile -t patches < <(patch_files)
