@@ -455,6 +455,16 @@ static const struct {
 	{ DEV_B, 0, B0 },
 };
 
+/* Send the MSIs of all mappings, which are as guest_map() has made them. */
+static void check_mappings(const char *what)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(msis); i++)
+		check_msi(what, doorbell(&its[0]), msis[i].device_id,
+			  msis[i].event_id, &msis[i].result);
+}
+
 static void host_reset(void)
 {
 	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
@@ -562,9 +572,8 @@ static void test_row(const struct row *row, bool warm)
 	pr_debug("%s (%s)\n", row->name, warm ? "warm" : "cold");
 	create_vm();
 
-	for (i = 0; warm && i < ARRAY_SIZE(msis); i++)
-		check_msi("before any command", doorbell(&its[0]),
-			  msis[i].device_id, msis[i].event_id, &msis[i].result);
+	if (warm)
+		check_mappings("before any command");
 
 	if (row->guest)
 		run_vcpu(vcpus[1], row->guest);
@@ -658,9 +667,8 @@ static void test_invalid_msi(bool warm)
 
 	create_vm();
 
-	for (i = 0; warm && i < ARRAY_SIZE(msis); i++)
-		check_msi("before invalid MSIs", doorbell(&its[0]),
-			  msis[i].device_id, msis[i].event_id, &msis[i].result);
+	if (warm)
+		check_mappings("before invalid MSIs");
 
 	for (i = 0; i < ARRAY_SIZE(invalid); i++) {
 		ret = __kvm_signal_msi(vm, invalid[i].doorbell, invalid[i].flags,
@@ -672,9 +680,7 @@ static void test_invalid_msi(bool warm)
 		check_delivered(invalid[i].name, 0, 0);
 	}
 
-	for (i = 0; i < ARRAY_SIZE(msis); i++)
-		check_msi("after invalid MSIs", doorbell(&its[0]),
-			  msis[i].device_id, msis[i].event_id, &msis[i].result);
+	check_mappings("after invalid MSIs");
 
 	destroy_vm();
 }

@@ -308,7 +308,6 @@ static void *device_thread(void *arg)
 	return NULL;
 }
 
-/* Accepted or refused, depending on what the guest has just mapped. */
 static void report(uint64_t elapsed, uint64_t first)
 {
 	uint32_t nr = nr_devices * nr_events;
@@ -321,6 +320,7 @@ static void report(uint64_t elapsed, uint64_t first)
 		total * 1e9 / elapsed, elapsed / total, first / nr);
 }
 
+/* Accepted or refused, depending on what the guest has just mapped. */
 static void *churn_msi_thread(void *arg)
 {
 	uint32_t i;
