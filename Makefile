@@ -23,6 +23,9 @@ export:	## write the tree back to patches/ and the mirror
 debug:	## the selftests on kernels with KASAN, lockdep, kmemleak and more
 	@scripts/check debug
 
+bench:	## measure base and patched kernels, compare with the goals
+	@scripts/bench
+
 slow:	## the selftests that take minutes to hours under TCG
 	@scripts/slow
 
@@ -35,4 +38,4 @@ deps:	## install the Debian packages that are missing
 clean:	## remove build/ (the cache of downloads stays)
 	rm -rf build
 
-.PHONY: help run check tree export debug slow bisect deps clean
+.PHONY: help run check tree export debug bench slow bisect deps clean

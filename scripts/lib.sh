@@ -29,12 +29,19 @@ die() {
 	exit 1
 }
 
+# usage: the comment at the top of the script, and exit code 2
+usage() {
+	awk 'NR < 3 { next } !/^#/ { exit } { sub(/^# ?/, ""); print }' "$0" >&2
+	exit 2
+}
+
 [[ -d $PATCHES ]] || die "no base '$BASE': BASE must be one of: $(cd "$TOP/patches" && echo */)"
 [[ $JOBS =~ ^[1-9][0-9]*$ ]] || die "JOBS must be a number from 1, not '$JOBS'"
 
 # What the scripts do with git does not depend on anybody's configuration.
 export GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
-export GIT_CONFIG_COUNT=1 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+export GIT_CONFIG_COUNT=2 GIT_CONFIG_KEY_0=safe.directory GIT_CONFIG_VALUE_0='*'
+export GIT_CONFIG_KEY_1=gc.auto GIT_CONFIG_VALUE_1=0	# not while something is measured
 export GIT_TERMINAL_PROMPT=0
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_EDITOR
 SERIES_NAME="KVM Series Developers"

@@ -9,27 +9,32 @@ cd "$src" || exit
 mapfile -t patches < <(patch_files)
 dictionary=$(dpkg -L codespell | grep '/dictionary\.txt$')
 
+# exceptions NUMBER [all]: the types that are excepted for this patch [or for all]
+exceptions() {
+	awk -F'\t' -v n="$1" -v all="${2:-}" '!/^#/ && ($1 == n || $1 == all) { print $2 }' "$PATCHES/checkpatch.tsv"
+}
 # What checkpatch finds but for the exceptions, of which there must be none that
 # is not needed.
 checkpatch() {
-	local number types type
+	local number type types
 	number=$(basename "$1")
 	number=${number%%-*}
-	types=$(awk -F'\t' -v n="$number" '!/^#/ && ($1 == n || $1 == "all") { print $2 }' "$PATCHES/checkpatch.tsv")
-	run_checkpatch "$1" "$(xargs <<< "$types" | tr ' ' ,)" || return
-	while read -r type; do
-		types=$(awk -F'\t' -v n="$number" -v t="$type" \
-			'!/^#/ && ($1 == n || $1 == "all") && $2 != t { print $2 }' "$PATCHES/checkpatch.tsv")
-		if run_checkpatch "$1" "$(xargs <<< "$types" | tr ' ' ,)"; then
+	mapfile -t types < <(exceptions "$number" all)
+	run_checkpatch "$1" "${types[@]}" || return
+	for type in $(exceptions "$number"); do
+		mapfile -t types < <(exceptions "$number" all | grep -vxF "$type")
+		if run_checkpatch "$1" "${types[@]}"; then
 			say "checkpatch.tsv excepts $type of $number for nothing"
 			return 1
 		fi
-	done < <(awk -F'\t' -v n="$number" '$1 == n { print $2 }' "$PATCHES/checkpatch.tsv")
+	done
 }
-# run_checkpatch PATCH TYPES-TO-IGNORE
+# run_checkpatch PATCH TYPE-TO-IGNORE...
 run_checkpatch() {
+	local types
+	types=$(IFS=,; echo "${*:2}")
 	scripts/checkpatch.pl --strict --quiet --no-summary --show-types --codespell \
-		--codespellfile "$dictionary" ${2:+--ignore "$2"} "$1"
+		--codespellfile "$dictionary" ${types:+--ignore "$types"} "$1"
 }
 maintainers() {
 	local f rc=0
