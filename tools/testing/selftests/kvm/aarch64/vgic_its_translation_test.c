@@ -13,12 +13,28 @@
  * The cases that are no rows:
  *  - MSIs that name no valid doorbell, DeviceID or EventID
  *  - a VM without an ITS
+  - an LPI that is pending when it is discarded, unmapped with its device, or
+    when its redistributor stops to accept LPIs
+  - an LPI that two ITSes map
+  - the LPI that is restored pending
+  - MSIs through irqfd, which must be injected in atomic context from the first
+    one on; statistics
+  - VMs that are destroyed with LPIs pending
+  - MAPTI with memory allocations failing one by one (fault injection)
+  - MAPD and MAPTI of a guest that exceeds the memory limit of its cgroup
  */
 
 #define _GNU_SOURCE
 
+#include <fcntl.h>
 #include <linux/kvm.h>
 #include <linux/sizes.h>
+#include <pthread.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include "kvm_util.h"
 #include "processor.h"
@@ -501,6 +517,20 @@ static void host_save_restore(void)
 			    &ctlr);
 }
 
+/* A restore on top of what is mapped must fail, and leave nothing mapped. */
+static void host_restore_again(void)
+{
+	int ret;
+
+	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
+	ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+				    KVM_DEV_ARM_ITS_RESTORE_TABLES, NULL);
+	TEST_ASSERT(ret == -1 && errno == EEXIST,
+		    "Restore on top of mappings: expected -1 with EEXIST (%d), got %d with %d",
+		    EEXIST, ret, errno);
+}
+
 static const struct row {
 	const char *name;
 	/* What the guest does, on vCPU 1, or the host */
@@ -562,6 +592,8 @@ static const struct row {
 	{ "commands to the other ITS", guest_other_its, NULL, { A0, A1, B0 } },
 	{ "reset", NULL, host_reset, { DISABLED, DISABLED, DISABLED } },
 	{ "save, reset, restore", NULL, host_save_restore, { A0, A1, B0 } },
+	{ "restore on top of mappings", NULL, host_restore_again,
+	  { UNMAPPED, UNMAPPED, UNMAPPED } },
 };
 
 static void test_row(const struct row *row, bool warm)
@@ -657,10 +689,15 @@ static void test_invalid_msi(bool warm)
 		{ "DeviceID beyond 16 bits", DB0, DEVID, 1 << 16 | DEV_A, 0, 0 },
 		{ "largest IDs", DB0, DEVID, UINT32_MAX, UINT32_MAX, 0 },
 		{ "unknown flag", DB0, DEVID | 1U << 31, DEV_A, 0, -EINVAL },
+		{ "no KVM_MSI_VALID_DEVID", DB0, 0, DEV_A, 0, -EINVAL },
 		{ "no doorbell", DB0 + NR_ITS * ITS_FRAME_SIZE, DEVID, DEV_A, 0,
 		  -EINVAL },
 		{ "the distributor", GICD_BASE_GPA + 0x40, DEVID, DEV_A, 0,
 		  -EINVAL },
+		{ "the ITS's first frame", ITS0, DEVID, DEV_A, 0, -EINVAL },
+		{ "the ITS's second frame", ITS0 + SZ_64K, DEVID, DEV_A, 0,
+		  -EINVAL },
+		{ "next to GITS_TRANSLATER", DB0 + 4, DEVID, DEV_A, 0, -EINVAL },
 		{ "the second ITS", DB0 + ITS_FRAME_SIZE, DEVID, DEV_A, 0, 0 },
 	};
 	int i, ret;
@@ -702,6 +739,456 @@ static void test_no_its(void)
 	kvm_vm_free(vm);
 }
 
+static void guest_mapti_a0(void)
+{
+	its_send_mapti(&its[0], DEV_A, 0, 0, LPI_A0);
+}
+
+/* LPI_A0 once more, for an event of the second ITS. */
+static void guest_map_shared(void)
+{
+	its_send_mapc(&its[1], 0, 1, true);
+	its_send_mapd(&its[1], DEV_A, itt(2), EVENT_BITS, true);
+	its_send_mapti(&its[1], DEV_A, 0, 0, LPI_A0);
+}
+
+static void guest_discard_shared(void)
+{
+	its_send_discard(&its[1], DEV_A, 0);
+}
+
+static uint64_t get_stat(int stats_fd, const char *name)
+{
+	struct kvm_stats_header header;
+	struct kvm_stats_desc *descs;
+	uint64_t data = 0;
+	int i;
+
+	read_stats_header(stats_fd, &header);
+	descs = read_stats_descriptors(stats_fd, &header);
+	for (i = 0; i < header.num_desc; i++) {
+		struct kvm_stats_desc *desc = get_stats_descriptor(descs, i, &header);
+
+		if (!strcmp(desc->name, name)) {
+			read_stat_data(stats_fd, &header, desc, &data, 1);
+			break;
+		}
+	}
+	TEST_ASSERT(i < header.num_desc, "Expected a statistic %s, got none", name);
+	free(descs);
+	close(stats_fd);
+	return data;
+}
+
+static void check_stat(const char *what, int stats_fd, const char *name,
+		       uint64_t expected)
+{
+	uint64_t stat = get_stat(stats_fd, name);
+
+	TEST_ASSERT(stat == expected, "%s: expected %s to be %lu, got %lu", what,
+		    name, expected, stat);
+}
+
+static void check_vm_stat(const char *what, const char *name, uint64_t expected)
+{
+	check_stat(what, vm_get_stats_fd(vm), name, expected);
+}
+
+static void make_pending(uint64_t doorbell, uint32_t device_id)
+{
+	int ret = signal_msi(doorbell, device_id, 0);
+
+	TEST_ASSERT(ret == 1, "Expected KVM_SIGNAL_MSI to return 1, got %d", ret);
+}
+
+/* LPI_A0 is pending when its event is unmapped: it must be gone. */
+static void test_unmap_pending(const char *what, void (*unmap)(void))
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], unmap);
+	check_delivered(what, 0, 0);
+
+	destroy_vm();
+}
+
+/*
+ * The INTID is mapped anew while the old LPI is still on the ap_list of vCPU 0,
+ * which must not hand anything on to the new one.
+ */
+static void test_remap_pending(void)
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_discard);
+	run_vcpu(vcpus[1], guest_mapti_a0);
+	check_delivered("DISCARD of a pending LPI, MAPTI", 0, 0);
+	check_msi("after DISCARD of a pending LPI, MAPTI", doorbell(&its[0]),
+		  DEV_A, 0, &msis[0].result);
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_discard);
+	run_vcpu(vcpus[1], guest_mapti_a0);
+	make_pending(doorbell(&its[0]), DEV_A);
+	check_delivered("both LPIs of an INTID pending", LPI_A0, 0);
+
+	destroy_vm();
+}
+
+/* An LPI is unmapped with the last ITE that maps it, on whichever ITS. */
+static void test_shared_lpi(void)
+{
+	const struct result shared = A0, unmapped = UNMAPPED;
+
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_map_shared);
+	check_vm_stat("shared LPI", "lpis", ARRAY_SIZE(msis));
+	check_msi("shared LPI, second ITS", doorbell(&its[1]), DEV_A, 0, &shared);
+
+	make_pending(doorbell(&its[1]), DEV_A);
+	run_vcpu(vcpus[1], guest_discard);
+	check_delivered("shared LPI, pending, DISCARD on the first ITS", LPI_A0, 0);
+	check_msi("shared LPI, first ITS", doorbell(&its[0]), DEV_A, 0, &unmapped);
+	check_msi("shared LPI, second ITS, after DISCARD on the first one",
+		  doorbell(&its[1]), DEV_A, 0, &shared);
+
+	make_pending(doorbell(&its[1]), DEV_A);
+	run_vcpu(vcpus[1], guest_discard_shared);
+	check_delivered("shared LPI, pending, DISCARD on both ITSes", 0, 0);
+	check_vm_stat("shared LPI, DISCARD on both ITSes", "lpis",
+		      ARRAY_SIZE(msis) - 1);
+
+	destroy_vm();
+}
+
+static void test_restore_pending(void)
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, NULL);
+	host_save_restore();
+	check_vm_stat("restored", "lpis", ARRAY_SIZE(msis));
+	check_delivered("restored pending", LPI_A0, 0);
+
+	host_reset();
+	check_vm_stat("reset", "lpis", 0);
+
+	destroy_vm();
+}
+
+static void write_eventfd(int fd)
+{
+	uint64_t one = 1;
+	ssize_t ret = write(fd, &one, sizeof(one));
+
+	TEST_ASSERT(ret == sizeof(one), __KVM_SYSCALL_ERROR("write()", (int)ret));
+}
+
+static void check_injected(const char *what, uint64_t hits, uint64_t misses,
+			   uint64_t fallbacks)
+{
+	/* What goes by the workqueue is counted when it gets there. */
+	while (get_stat(vm_get_stats_fd(vm), "lpi_translation_misses") < misses)
+		usleep(1000);
+
+	check_stat(what, vcpu_get_stats_fd(vcpus[0]), "lpi_translation_hits", hits);
+	check_vm_stat(what, "lpi_translation_misses", misses);
+	check_vm_stat(what, "lpi_inatomic_fallbacks", fallbacks);
+}
+
+/*
+ * The first MSI of an event by irqfd is injected before write() returns, by the
+ * atomic path: hence a hit, and nothing that falls back to the workqueue.
+ */
+static void test_irqfd(void)
+{
+	struct kvm_irq_routing *routing = kvm_gsi_routing_create();
+	int mapped, unmapped;
+
+	create_vm();
+
+	kvm_gsi_routing_msi_add(routing, 0, doorbell(&its[0]), DEV_A, 0);
+	kvm_gsi_routing_msi_add(routing, 1, doorbell(&its[0]), DEV_A, 5);
+	kvm_gsi_routing_write(vm, routing);
+	mapped = kvm_irqfd_create(vm, 0);
+	unmapped = kvm_irqfd_create(vm, 1);
+
+	check_injected("before any MSI", 0, 0, 0);
+	write_eventfd(mapped);
+	check_injected("first MSI by irqfd", 1, 0, 0);
+	check_delivered("first MSI by irqfd", LPI_A0, 0);
+
+	write_eventfd(unmapped);
+	check_injected("unmapped event by irqfd", 1, 1, 1);
+	check_delivered("unmapped event by irqfd", 0, 0);
+
+	run_vcpu(vcpus[1], guest_discard);
+	run_vcpu(vcpus[1], guest_mapti_a0);
+	write_eventfd(mapped);
+	check_injected("first MSI by irqfd after DISCARD, MAPTI", 2, 1, 1);
+	check_delivered("first MSI by irqfd after DISCARD, MAPTI", LPI_A0, 0);
+
+	host_save_restore();
+	write_eventfd(mapped);
+	check_injected("first MSI by irqfd after a restore", 3, 1, 1);
+	check_delivered("first MSI by irqfd after a restore", LPI_A0, 0);
+
+	run_vcpu(vcpus[1], guest_its_disable);
+	write_eventfd(mapped);
+	check_injected("ITS disabled", 3, 2, 2);
+	check_delivered("ITS disabled", 0, 0);
+
+	close(mapped);
+	close(unmapped);
+	destroy_vm();
+}
+
+static void *signal_thread(void *arg)
+{
+	struct kvm_msi msi = {
+		.address_lo	= doorbell(&its[0]),
+		.flags		= KVM_MSI_VALID_DEVID,
+		.devid		= DEV_A,
+	};
+	int fd = *(int *)arg, i, ret;
+
+	for (i = 0; i < 10000; i++) {
+		ret = ioctl(fd, KVM_SIGNAL_MSI, &msi);
+		TEST_ASSERT(ret == 1, "Expected KVM_SIGNAL_MSI to return 1, got %d",
+			    ret);
+	}
+
+	/* The last reference: this destroys the VM. */
+	close(fd);
+	return NULL;
+}
+
+/* VMs that go away with LPIs pending, and while MSIs are signalled. */
+static void test_destroy(void)
+{
+	pthread_t thread;
+	int i, fd;
+
+	create_vm();
+	for (i = 0; i < ARRAY_SIZE(msis); i++)
+		signal_msi(doorbell(&its[0]), msis[i].device_id, msis[i].event_id);
+	run_vcpu(vcpus[1], guest_discard);
+	destroy_vm();
+
+	create_vm();
+	fd = dup(vm->fd);
+	TEST_ASSERT(fd >= 0, __KVM_SYSCALL_ERROR("dup()", fd));
+	pthread_create(&thread, NULL, signal_thread, &fd);
+	destroy_vm();
+	pthread_join(thread, NULL);
+}
+
+/* Device and LPI are far from all others, to need new nodes in the xarrays. */
+#define FAR_DEVICE	0x4000
+#define FAR_LPI		(LPI_BASE + 0x4000)
+
+static void guest_mapd_far(void)
+{
+	its_send_mapd(&its[0], FAR_DEVICE, itt(3), EVENT_BITS, true);
+}
+
+static void guest_mapti_far(void)
+{
+	its_send_mapti(&its[0], FAR_DEVICE, 0, 0, FAR_LPI);
+}
+
+static void guest_discard_far(void)
+{
+	its_send_discard(&its[0], FAR_DEVICE, 0);
+}
+
+static bool write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+	bool ok = fd >= 0 && write(fd, text, strlen(text)) == strlen(text);
+
+	if (fd >= 0)
+		close(fd);
+	return ok;
+}
+
+/*
+ * Each memory allocation of a MAPTI fails in turn.  Either the event is mapped
+ * then, or nothing is left of it.
+ */
+static void test_mapti_nomem(void)
+{
+	const struct result far = DELIVERED(FAR_LPI, 0), unmapped = UNMAPPED;
+	int fd = open("/proc/thread-self/fail-nth", O_RDWR);
+	int nth, nr_failed = 0;
+	char buf[16];
+
+	if (fd < 0 ||
+	    !write_file("/sys/kernel/debug/failslab/ignore-gfp-wait", "N") ||
+	    !write_file("/sys/kernel/debug/failslab/verbose", "0")) {
+		pr_info("MAPTI without memory: skipped, no fault injection\n");
+		return;
+	}
+
+	create_vm();
+	run_vcpu(vcpus[1], guest_mapd_far);
+	run_vcpu(vcpus[1], guest_mapti_far);
+	check_msi("with memory", doorbell(&its[0]), FAR_DEVICE, 0, &far);
+	run_vcpu(vcpus[1], guest_discard_far);
+
+	for (nth = 1; ; nth++) {
+		guest_command = guest_mapti_far;
+		sync_global_to_guest(vm, guest_command);
+
+		snprintf(buf, sizeof(buf), "%d", nth);
+		TEST_ASSERT(pwrite(fd, buf, strlen(buf), 0) == strlen(buf),
+			    "Failed to write fail-nth, errno: %d", errno);
+		while (_vcpu_run(vcpus[1]))
+			TEST_ASSERT(errno == ENOMEM,
+				    "Expected KVM_RUN to fail with %d, got %d",
+				    ENOMEM, errno);
+		TEST_ASSERT(pread(fd, buf, sizeof(buf), 0) > 0,
+			    "Failed to read fail-nth, errno: %d", errno);
+		TEST_ASSERT(pwrite(fd, "0", 1, 0) == 1,
+			    "Failed to reset fail-nth, errno: %d", errno);
+		TEST_ASSERT(get_ucall(vcpus[1], NULL) == UCALL_SYNC,
+			    "Expected the guest to go on");
+
+		if (get_stat(vm_get_stats_fd(vm), "lpis") == ARRAY_SIZE(msis)) {
+			nr_failed++;
+			check_msi("MAPTI without memory", doorbell(&its[0]),
+				  FAR_DEVICE, 0, &unmapped);
+		} else {
+			check_vm_stat("MAPTI", "lpis", ARRAY_SIZE(msis) + 1);
+			check_msi("MAPTI with memory", doorbell(&its[0]),
+				  FAR_DEVICE, 0, &far);
+			run_vcpu(vcpus[1], guest_discard_far);
+			check_vm_stat("DISCARD", "lpis", ARRAY_SIZE(msis));
+		}
+
+		/* Still counting: there were fewer allocations than that. */
+		if (atoi(buf))
+			break;
+	}
+
+	/* The ITE and the LPI: for a node, xarrays try a second time. */
+	TEST_ASSERT(nr_failed >= 2, "Expected at least 2 MAPTIs to fail, got %d",
+		    nr_failed);
+	pr_info("MAPTI without memory: failed in %d of %d ways\n", nr_failed,
+		nth - 1);
+	destroy_vm();
+
+	write_file("/sys/kernel/debug/failslab/ignore-gfp-wait", "Y");
+	write_file("/sys/kernel/debug/failslab/verbose", "2");
+	close(fd);
+}
+
+/* More than fits into the limit below, and less than there are LPIs */
+#define NR_MANY		8192
+#define MANY_LIMIT	"2M"
+
+static void guest_touch_cmdq(void)
+{
+	int i;
+
+	/* Have all of the queue mapped at stage 2. */
+	for (i = 0; i < ITS_CMDQ_SIZE / 32; i++)
+		its_send_sync(&its[0], 0);
+}
+
+static void guest_map_many(void)
+{
+	int i;
+
+	for (i = 0; i < NR_MANY; i++) {
+		its_send_mapd(&its[0], 0x1000 + i, itt(3), EVENT_BITS, true);
+		its_send_mapti(&its[0], 0x1000 + i, 0, 0, LPI_BASE + 0x1000 + i);
+	}
+}
+
+/*
+ * Memory for what the guest maps is charged to its cgroup.  Use a hierarchy of
+ * cgroup v1, where charges can be made to fail instead of killing the process.
+ */
+static void test_memcg(void)
+{
+	char dir[] = "/tmp/vgic_its_translation_test.XXXXXX";
+	char group[64], path[128], pid[16];
+	int ret, limit_fd;
+	uint64_t lpis;
+
+	mkdir("/tmp", 01777);
+	if (!mkdtemp(dir) || mount("cgroup", dir, "cgroup", 0, "memory")) {
+		pr_info("Memory limit: skipped, no cgroup v1 hierarchy for memory\n");
+		rmdir(dir);
+		return;
+	}
+	snprintf(group, sizeof(group), "%s/vm", dir);
+	mkdir(group, 0755);
+	snprintf(pid, sizeof(pid), "%d", getpid());
+
+	create_vm();
+	run_vcpu(vcpus[1], guest_touch_cmdq);
+
+	/* A page fault of this process would wait for memory forever. */
+	TEST_ASSERT(!mlockall(MCL_CURRENT | MCL_FUTURE),
+		    "mlockall() failed, errno: %d", errno);
+	snprintf(path, sizeof(path), "%s/memory.oom_control", group);
+	TEST_ASSERT(write_file(path, "1"), "Failed to write %s", path);
+	snprintf(path, sizeof(path), "%s/memory.limit_in_bytes", group);
+	TEST_ASSERT(write_file(path, MANY_LIMIT), "Failed to write %s", path);
+	/* To lift the limit with, when there is no memory to open files. */
+	limit_fd = open(path, O_WRONLY);
+	snprintf(path, sizeof(path), "%s/tasks", group);
+	TEST_ASSERT(write_file(path, pid), "Failed to write %s", path);
+
+	guest_command = guest_map_many;
+	sync_global_to_guest(vm, guest_command);
+	ret = _vcpu_run(vcpus[1]);
+
+	TEST_ASSERT(write(limit_fd, "-1", 2) == 2,
+		    "Failed to lift the memory limit, errno: %d", errno);
+	close(limit_fd);
+	snprintf(path, sizeof(path), "%s/tasks", dir);
+	TEST_ASSERT(write_file(path, pid), "Failed to write %s", path);
+	munlockall();
+
+	TEST_ASSERT(!ret && get_ucall(vcpus[1], NULL) == UCALL_SYNC,
+		    "Expected KVM_RUN to return 0 and the guest to go on, got %d, errno %d",
+		    ret, errno);
+
+	lpis = get_stat(vm_get_stats_fd(vm), "lpis");
+	TEST_ASSERT(lpis > ARRAY_SIZE(msis) && lpis < ARRAY_SIZE(msis) + NR_MANY,
+		    "Expected some but not all of %d events to be mapped, got %lu",
+		    NR_MANY, lpis);
+	pr_info("Memory limit of %s: mapped %lu of %d events\n", MANY_LIMIT,
+		lpis - ARRAY_SIZE(msis), NR_MANY);
+
+	/* Those that were mapped work, the others do not, and all can go. */
+	check_msi("beyond the memory limit", doorbell(&its[0]), DEV_A, 0,
+		  &msis[0].result);
+	ret = signal_msi(doorbell(&its[0]), 0x1000, 0);
+	TEST_ASSERT(ret == 1, "Mapped: expected KVM_SIGNAL_MSI to return 1, got %d",
+		    ret);
+	ret = signal_msi(doorbell(&its[0]), 0x1000 + NR_MANY - 1, 0);
+	TEST_ASSERT(ret == 0,
+		    "Not mapped: expected KVM_SIGNAL_MSI to return 0, got %d", ret);
+	host_reset();
+	check_vm_stat("reset", "lpis", 0);
+	run_vcpu(vcpus[0], guest_map);
+	check_vm_stat("mapped anew", "lpis", ARRAY_SIZE(msis));
+	destroy_vm();
+
+	rmdir(group);
+	umount(dir);
+	rmdir(dir);
+}
+
 int main(int argc, char *argv[])
 {
 	int i;
@@ -720,6 +1207,18 @@ int main(int argc, char *argv[])
 	test_invalid_msi(false);
 	test_invalid_msi(true);
 	test_no_its();
+
+	test_unmap_pending("DISCARD of a pending LPI", guest_discard);
+	test_unmap_pending("MAPD V=0 with an LPI pending", guest_mapd_unmap);
+	test_unmap_pending("EnableLPIs cleared, set with an LPI pending",
+			   guest_lpis_disable_enable);
+	test_remap_pending();
+	test_shared_lpi();
+	test_restore_pending();
+	test_irqfd();
+	test_destroy();
+	test_mapti_nomem();
+	test_memcg();
 
 	return 0;
 }

@@ -318,6 +318,8 @@ static void report(uint64_t elapsed, uint64_t first)
 		use_irqfd ? "irqfd" : "KVM_SIGNAL_MSI",
 		only_inject ? ", injection only" : "", total,
 		total * 1e9 / elapsed, elapsed / total, first / nr);
+	pr_info("perf: lpi ns %lu\n", elapsed / total);
+	pr_info("perf: first-lpi ns %lu\n", first / nr);
 }
 
 /* Accepted or refused, depending on what the guest has just mapped. */
@@ -439,9 +441,9 @@ static void report_commands(void)
 	movi = time_guest(guest_movi_all);
 	discard = time_guest(guest_discard_all);
 
-	pr_info("%u events mapped: MOVI %ld ns, DISCARD %ld ns each, less SYNC's %lu ns\n",
-		nr, ((long)movi - (long)sync) / nr, ((long)discard - (long)sync) / nr,
-		sync / nr);
+	pr_info("%u events mapped, less SYNC's %lu ns:\n", nr, sync / nr);
+	pr_info("perf: movi ns %ld\n", ((long)movi - (long)sync) / nr);
+	pr_info("perf: discard ns %ld\n", ((long)discard - (long)sync) / nr);
 }
 
 static uint64_t raise_all(void)
@@ -461,6 +463,13 @@ static void run_only_inject(void)
 	uint32_t i;
 
 	first = raise_all();
+	/*
+	 * What an irqfd cannot inject it leaves to a worker, which may not get
+	 * to it while this thread is busy.  Begin with injected LPIs, so that a
+	 * kernel which learns from that has learnt it.
+	 */
+	for (i = 0; i < nr_devices * nr_events; i++)
+		signal_msi(i / nr_events, i % nr_events);
 	for (i = 0; i < nr_iterations; i++)
 		elapsed += raise_all();
 	report(elapsed, first);

@@ -520,7 +520,7 @@ static void bench(uint64_t count)
 			run_to_sync(vcpus[0]);
 			clock_gettime(CLOCK_MONOTONIC, &begin);
 			run_to_sync(vcpus[0]);
-			pr_info("hypercall %#x, %s input: %ld ns each\n",
+			pr_info("perf: hypercall-%#x-%s ns %ld\n",
 				flush->code, fast ? "fast" : "slow",
 				timespec_to_ns(timespec_elapsed(begin)) / count);
 

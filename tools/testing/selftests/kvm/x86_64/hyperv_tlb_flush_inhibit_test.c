@@ -1,0 +1,1715 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Hyper-V TlbFlushInhibit
+ *
+ * A flush hypercall that targets an inhibited VP blocks its caller until the
+ * VP's owners let go, without effect until then:
+ *
+ * - the ioctls and each of their errors;
+ * - each form of the hypercall, with VP indices that differ from the vCPU
+ *   indices; who is not affected: other targets, the VP itself, malformed calls;
+ * - several owners, inhibitors and flushers; vCPUs that block each other;
+ * - the ways out: release, signal, interrupt, NMI, SMI, INIT, other registers,
+ *   save and restore, the end of the process; what is not one: a masked
+ *   interrupt, a kick of HLT;
+ * - flush hypercalls of L2 are L1's business;
+ * - a blocked vCPU uses no CPU time, and its release does not wait for the
+ *   page-in of another vCPU;
+ * - releases race with flushes, and walks of page tables with flushes.
+ *
+ * Nothing here sleeps for a time: the test waits for statistics, and a blocked
+ * vCPU is one whose hv_tlb_flush_blocks has changed.
+ */
+#define _GNU_SOURCE /* for program_invocation_short_name */
+#include <getopt.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <sys/ioctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+
+#include "kvm_util.h"
+#include "processor.h"
+#include "apic.h"
+#include "hyperv.h"
+#include "svm_util.h"
+
+#define NR_VCPUS	4
+#define NR_FLUSHERS	2
+#define NR_BANKS	16
+
+/* The vCPUs: two that flush, two that are flushed. */
+#define TARGET		2
+#define OTHER		3
+
+/* Values below are arbitrarily chosen. */
+#define OWNER		BIT(0)
+#define OWNER2		BIT(31)
+#define IRQ_VECTOR	0xa5
+#define ELSEWHERE	0x600d
+#define STUB_PORT	0xe
+#define SIPI_VECTOR	0x10
+#define FAULT_GPA	0x40000000
+#define FAULT_SLOT	1
+#define NR_PAGES	1024
+
+#define SIPI_GPA	(SIPI_VECTOR << 12)
+
+/* SMRAM is in an address space of its own. */
+#define SMRAM_GPA	0x1000000
+#define SMRAM_PAGES	16
+#define SMRAM_SLOT	(BIT(16) | 2)
+
+/* How long a thread may take, for a debug kernel on a slow host. */
+#define LIMIT_SECS	120
+
+static uint64_t toggles = 2000;
+static uint64_t walks = 200;
+static uint64_t latency_rounds = 20;
+
+static const uint16_t flush_codes[] = {
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE,
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST,
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE_EX,
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST_EX,
+};
+
+/* VP index of each vCPU: equal to the vCPU index, and not. */
+static const uint32_t vp_maps[][NR_VCPUS] = {
+	{ 0, 1, 2, 3 },
+	{ 3, 0, 1, 2 },
+	{ 700, 0, 65, 2 },
+};
+
+/* Guest side of one flushing vCPU. */
+struct guest_ctx {
+	struct hyperv_hcall_pages *pages;
+	struct hyperv_tlb_flush flush;
+	uint64_t irqs;
+	uint64_t nmis;
+	uint64_t count;
+	bool stop;
+};
+
+/* For handlers and L2: no test has more than one vCPU with either. */
+static struct guest_ctx *event_ctx;
+
+static void guest_irq_handler(struct ex_regs *regs)
+{
+	WRITE_ONCE(event_ctx->irqs, event_ctx->irqs + 1);
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+static void guest_nmi_handler(struct ex_regs *regs)
+{
+	WRITE_ONCE(event_ctx->nmis, event_ctx->nmis + 1);
+}
+
+/* Make a flush for each run of the vCPU. */
+static void guest_flusher(struct guest_ctx *ctx)
+{
+	hyperv_enable_hypercalls(ctx->pages);
+	GUEST_SYNC(0);
+
+	for (;;)
+		GUEST_SYNC(hyperv_flush_tlb(ctx->pages, &ctx->flush));
+}
+
+/* As before, with interrupts enabled. */
+static void guest_irq_flusher(struct guest_ctx *ctx)
+{
+	x2apic_enable();
+	asm volatile("sti");
+	guest_flusher(ctx);
+}
+
+/* As before, except that interrupts are enabled after the first flush. */
+static void guest_masked_irq_flusher(struct guest_ctx *ctx)
+{
+	uint64_t status, irqs;
+
+	x2apic_enable();
+	hyperv_enable_hypercalls(ctx->pages);
+	GUEST_SYNC(0);
+
+	status = hyperv_flush_tlb(ctx->pages, &ctx->flush);
+	irqs = READ_ONCE(ctx->irqs);
+	GUEST_ASSERT_1(!irqs, irqs);
+	asm volatile("sti; nop");
+	irqs = READ_ONCE(ctx->irqs);
+	GUEST_ASSERT_1(irqs == 1, irqs);
+	GUEST_SYNC(status);
+}
+
+/* The hypercall is the instruction after STI. */
+static void guest_sti_flusher(struct guest_ctx *ctx)
+{
+	struct hyperv_hcall_pages stub = *ctx->pages;
+	uint8_t *insn;
+
+	x2apic_enable();
+	hyperv_enable_hypercalls(ctx->pages);
+
+	/* Behind KVM's code, which is the instruction and RET. */
+	insn = (uint8_t *)stub.hcall + 64;
+	insn[0] = 0xfb;
+	memcpy(insn + 1, (void *)stub.hcall, 4);
+	stub.hcall += 64;
+	GUEST_SYNC(0);
+
+	GUEST_SYNC(hyperv_flush_tlb(&stub, &ctx->flush));
+}
+
+static void guest_elsewhere(void)
+{
+	GUEST_SYNC(ELSEWHERE);
+}
+
+static void guest_target(void)
+{
+	for (;;)
+		GUEST_SYNC(0);
+}
+
+/* Flush until told to stop. */
+static void guest_racer(struct guest_ctx *ctx)
+{
+	uint64_t status;
+
+	hyperv_enable_hypercalls(ctx->pages);
+	GUEST_SYNC(0);
+
+	while (!READ_ONCE(ctx->stop)) {
+		status = hyperv_flush_tlb(ctx->pages, &ctx->flush);
+		GUEST_ASSERT_1(status == HV_STATUS_SUCCESS, status);
+		WRITE_ONCE(ctx->count, ctx->count + 1);
+	}
+	GUEST_SYNC(0);
+}
+
+static void guest_toucher(uint64_t *page)
+{
+	GUEST_SYNC(READ_ONCE(*page));
+}
+
+static uint64_t run_to_sync(struct kvm_vcpu *vcpu)
+{
+	struct ucall uc;
+
+	vcpu_run(vcpu);
+
+	switch (get_ucall(vcpu, &uc)) {
+	case UCALL_SYNC:
+		return uc.args[1];
+	case UCALL_ABORT:
+		REPORT_GUEST_ASSERT_1(uc, "value: %#lx");
+	default:
+		TEST_FAIL("vCPU %u: unexpected exit reason %s, ucall %lu",
+			  vcpu->id, exit_reason_str(vcpu->run->exit_reason),
+			  uc.cmd);
+	}
+}
+
+/* A vCPU that is being run by a thread, until it exits. */
+struct runner {
+	struct kvm_vcpu *vcpu;
+	pthread_t thread;
+	uint64_t blocks;	/* hv_tlb_flush_blocks at start */
+	pid_t tid;
+	bool done;
+	int ret;
+	int err;
+	uint64_t sync;
+};
+
+struct test_vm {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpus[NR_VCPUS];
+	struct guest_ctx *ctx[NR_FLUSHERS];
+	struct runner runners[NR_FLUSHERS];
+	const uint32_t *vp_index;
+};
+
+static void *runner_thread(void *arg)
+{
+	struct runner *r = arg;
+	struct ucall uc;
+
+	__atomic_store_n(&r->tid, syscall(__NR_gettid), __ATOMIC_RELEASE);
+
+	r->ret = __vcpu_run(r->vcpu);
+	r->err = errno;
+
+	if (!r->ret && r->vcpu->run->exit_reason == KVM_EXIT_IO &&
+	    r->vcpu->run->io.port != STUB_PORT) {
+		switch (get_ucall(r->vcpu, &uc)) {
+		case UCALL_SYNC:
+			r->sync = uc.args[1];
+			break;
+		case UCALL_ABORT:
+			REPORT_GUEST_ASSERT_1(uc, "value: %#lx");
+		default:
+			TEST_FAIL("vCPU %u: unexpected ucall %lu",
+				  r->vcpu->id, uc.cmd);
+		}
+	}
+
+	__atomic_store_n(&r->done, true, __ATOMIC_RELEASE);
+	return NULL;
+}
+
+static void runner_start(struct runner *r, struct kvm_vcpu *vcpu)
+{
+	memset(r, 0, sizeof(*r));
+	r->vcpu = vcpu;
+	r->blocks = vcpu_get_stat(vcpu, "hv_tlb_flush_blocks");
+	TEST_ASSERT(!pthread_create(&r->thread, NULL, runner_thread, r),
+		    "pthread_create() failed");
+}
+
+static void runner_join(struct runner *r)
+{
+	struct timespec limit;
+	int err;
+
+	clock_gettime(CLOCK_REALTIME, &limit);
+	limit.tv_sec += LIMIT_SECS;
+	err = pthread_timedjoin_np(r->thread, NULL, &limit);
+	TEST_ASSERT(!err,
+		    "vCPU %u has not come back after %d s (error %d), it was blocked %lu times",
+		    r->vcpu->id, LIMIT_SECS, err,
+		    vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - r->blocks);
+}
+
+/* Wait until the vCPU has been blocked for the n-th time since the start. */
+static void runner_wait_blocked(struct runner *r, uint64_t n)
+{
+	vcpu_wait_stat(r->vcpu, "hv_tlb_flush_blocks", r->blocks + n);
+	TEST_ASSERT(!__atomic_load_n(&r->done, __ATOMIC_ACQUIRE),
+		    "vCPU %u left KVM_RUN, ret %d errno %d, expected it to be blocked",
+		    r->vcpu->id, r->ret, r->err);
+}
+
+static void runner_check_blocks(struct runner *r, uint64_t expected)
+{
+	uint64_t blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - r->blocks;
+
+	TEST_ASSERT(blocks == expected,
+		    "vCPU %u was blocked %lu times, expected %lu",
+		    r->vcpu->id, blocks, expected);
+}
+
+static void runner_join_sync(struct runner *r, uint64_t sync)
+{
+	runner_join(r);
+	TEST_ASSERT(!r->ret && r->sync == sync,
+		    "vCPU %u: ret %d errno %d value %#lx, expected ret 0 value %#lx",
+		    r->vcpu->id, r->ret, r->err, r->sync, sync);
+}
+
+static char runner_state(struct runner *r)
+{
+	char path[64], buf[256], *p;
+	ssize_t len;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", r->tid);
+	fd = open_path_or_exit(path, O_RDONLY);
+	len = read(fd, buf, sizeof(buf) - 1);
+	TEST_ASSERT(len > 0, "Reading %s failed, errno %d", path, errno);
+	buf[len] = 0;
+	close(fd);
+
+	p = strrchr(buf, ')');
+	TEST_ASSERT(p, "%s is malformed: %s", path, buf);
+	return p[2];
+}
+
+static void runner_wait_asleep(struct runner *r)
+{
+	struct timespec start;
+	char state;
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	while ((state = runner_state(r)) != 'S') {
+		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,
+			    "vCPU %u's thread is in state %c after %d s, expected S",
+			    r->vcpu->id, state, LIMIT_SECS);
+		sched_yield();
+	}
+}
+
+static uint64_t runner_cpu_ns(struct runner *r)
+{
+	struct timespec ts;
+	clockid_t clock;
+
+	TEST_ASSERT(!pthread_getcpuclockid(r->thread, &clock) &&
+		    !clock_gettime(clock, &ts), "No CPU time of a thread");
+	return timespec_to_ns(ts);
+}
+
+static void test_vm_add_vcpu(struct test_vm *t, int i, void *guest_code)
+{
+	t->vcpus[i] = vm_vcpu_add(t->vm, i, guest_code);
+	vcpu_set_hv_cpuid(t->vcpus[i]);
+	vcpu_set_msr(t->vcpus[i], HV_X64_MSR_VP_INDEX, t->vp_index[i]);
+}
+
+static void test_vm_init(struct test_vm *t, void *guest_code)
+{
+	vm_vaddr_t gva;
+	int i;
+
+	for (i = 0; i < NR_VCPUS; i++)
+		test_vm_add_vcpu(t, i, i < NR_FLUSHERS ? guest_code :
+						(void *)guest_target);
+
+	vm_init_descriptor_tables(t->vm);
+	vm_install_exception_handler(t->vm, IRQ_VECTOR, guest_irq_handler);
+	vm_install_exception_handler(t->vm, NMI_VECTOR, guest_nmi_handler);
+
+	for (i = 0; i < NR_FLUSHERS; i++) {
+		vcpu_init_descriptor_tables(t->vcpus[i]);
+
+		gva = vm_vaddr_alloc_page(t->vm);
+		t->ctx[i] = addr_gva2hva(t->vm, gva);
+		t->ctx[i]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t->vm);
+		vcpu_args_set(t->vcpus[i], 1, gva);
+
+		event_ctx = (void *)gva;
+	}
+	/* The last flusher is the one that gets events. */
+	sync_global_to_guest(t->vm, event_ctx);
+
+	for (i = 0; i < NR_VCPUS; i++)
+		run_to_sync(t->vcpus[i]);
+}
+
+static void test_vm_create(struct test_vm *t, const uint32_t *vp_index,
+			   void *guest_code)
+{
+	memset(t, 0, sizeof(*t));
+	t->vp_index = vp_index;
+	t->vm = vm_create(NR_VCPUS);
+	test_vm_init(t, guest_code);
+}
+
+static int __set_inhibit(struct test_vm *t, uint32_t vp_index, uint32_t owners,
+			 uint32_t mask)
+{
+	struct kvm_hyperv_tlb_flush_inhibit inhibit = {
+		.vp_index = vp_index,
+		.owners = owners,
+		.mask = mask,
+	};
+
+	return __vm_ioctl(t->vm, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, &inhibit);
+}
+
+static void set_inhibit(struct test_vm *t, int vcpu, uint32_t owners, uint32_t mask)
+{
+	int r = __set_inhibit(t, t->vp_index[vcpu], owners, mask);
+
+	TEST_ASSERT(!r, KVM_IOCTL_ERROR(KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, r));
+}
+
+static void hold(struct test_vm *t, int vcpu, uint32_t owner)
+{
+	set_inhibit(t, vcpu, owner, owner);
+}
+
+static void release(struct test_vm *t, int vcpu, uint32_t owner)
+{
+	set_inhibit(t, vcpu, 0, owner);
+}
+
+static void check_owners(struct test_vm *t, int vcpu, uint32_t expected)
+{
+	struct kvm_hyperv_tlb_flush_inhibit inhibit = {
+		.vp_index = t->vp_index[vcpu],
+	};
+
+	vm_ioctl(t->vm, KVM_HYPERV_GET_TLB_FLUSH_INHIBIT, &inhibit);
+	TEST_ASSERT(inhibit.owners == expected && inhibit.mask == -1u,
+		    "vCPU %d: owners %#x mask %#x, expected %#x and %#x", vcpu,
+		    inhibit.owners, inhibit.mask, expected, -1u);
+}
+
+static void set_flush(struct test_vm *t, int flusher, uint16_t code, bool fast,
+		      uint32_t targets)
+{
+	struct hyperv_tlb_flush *flush = &t->ctx[flusher]->flush;
+	uint64_t banks[NR_BANKS] = {};
+	int i;
+
+	memset(flush, 0, sizeof(*flush));
+	flush->code = code;
+	flush->fast = fast;
+	flush->rep_cnt = hyperv_flush_is_list(code);
+
+	for (i = 0; i < NR_VCPUS; i++) {
+		if (targets & BIT(i))
+			banks[t->vp_index[i] / 64] |= BIT_ULL(t->vp_index[i] % 64);
+	}
+
+	flush->processor_mask = banks[0];
+	if (!hyperv_flush_is_ex(code))
+		return;
+
+	for (i = 0; i < NR_BANKS; i++) {
+		if (!banks[i])
+			continue;
+		flush->valid_bank_mask |= BIT_ULL(i);
+		flush->banks[flush->var_cnt++] = banks[i];
+	}
+}
+
+static void set_plain_flush(struct test_vm *t, int flusher, uint32_t targets)
+{
+	set_flush(t, flusher, HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE_EX, true,
+		  targets);
+}
+
+static uint64_t success(struct test_vm *t, int flusher)
+{
+	return HV_STATUS_SUCCESS | (uint64_t)t->ctx[flusher]->flush.rep_cnt <<
+				   HV_HYPERCALL_REP_COMP_OFFSET;
+}
+
+static void start(struct test_vm *t, int flusher)
+{
+	runner_start(&t->runners[flusher], t->vcpus[flusher]);
+}
+
+/* Start a flush that has to block. */
+static void start_blocked(struct test_vm *t, int flusher)
+{
+	start(t, flusher);
+	runner_wait_blocked(&t->runners[flusher], 1);
+}
+
+/* The flush completes, after having been blocked @blocks times. */
+static void finish(struct test_vm *t, int flusher, uint64_t blocks)
+{
+	runner_join_sync(&t->runners[flusher], success(t, flusher));
+	runner_check_blocks(&t->runners[flusher], blocks);
+}
+
+/* The flush completes at once, with @status. */
+static void flush_at_once(struct test_vm *t, int flusher, uint64_t status)
+{
+	start(t, flusher);
+	runner_join_sync(&t->runners[flusher], status);
+	runner_check_blocks(&t->runners[flusher], 0);
+}
+
+static void interrupt(struct runner *r)
+{
+	pthread_kill(r->thread, SIGUSR1);
+	runner_join(r);
+	TEST_ASSERT(r->ret == -1 && r->err == EINTR,
+		    "vCPU %u: KVM_RUN returned %d errno %d, expected -1 errno %d",
+		    r->vcpu->id, r->ret, r->err, EINTR);
+}
+
+static void send_event(struct test_vm *t, int vcpu, uint32_t mode_and_vector)
+{
+	struct kvm_msi msi = {
+		.address_lo = 0xfee00000 | vcpu << 12,
+		.data = mode_and_vector,
+	};
+	int r = __vm_ioctl(t->vm, KVM_SIGNAL_MSI, &msi);
+
+	TEST_ASSERT(r > 0, KVM_IOCTL_ERROR(KVM_SIGNAL_MSI, r));
+}
+
+static void check_error(struct test_vm *t, int set,
+			struct kvm_hyperv_tlb_flush_inhibit inhibit, int err,
+			const char *what)
+{
+	int r;
+
+	if (set)
+		r = __vm_ioctl(t->vm, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, &inhibit);
+	else
+		r = __vm_ioctl(t->vm, KVM_HYPERV_GET_TLB_FLUSH_INHIBIT, &inhibit);
+
+	TEST_ASSERT(r == -1 && errno == err,
+		    "%s with %s: returned %d errno %d, expected -1 errno %d",
+		    set ? "SET" : "GET", what, r, errno, err);
+	check_owners(t, TARGET, OWNER2);
+	check_owners(t, OTHER, 0);
+}
+
+static void test_abi(void)
+{
+	struct kvm_hyperv_tlb_flush_inhibit ok, bad;
+	struct kvm_vcpu *no_hyperv;
+	struct test_vm t;
+	int set, r;
+
+	test_vm_create(&t, vp_maps[2], guest_flusher);
+
+	r = vm_check_cap(t.vm, KVM_CAP_HYPERV_TLB_FLUSH_INHIBIT);
+	TEST_ASSERT(r == 1, "KVM_CHECK_EXTENSION returned %d, expected 1", r);
+
+	check_owners(&t, TARGET, 0);
+	hold(&t, TARGET, OWNER2);
+	check_owners(&t, TARGET, OWNER2);
+
+	/* Its VP index is its vCPU index, 4. */
+	no_hyperv = vm_vcpu_add(t.vm, NR_VCPUS, guest_target);
+
+	ok = (struct kvm_hyperv_tlb_flush_inhibit) {
+		.vp_index = t.vp_index[OTHER],
+		.owners = OWNER,
+		.mask = OWNER,
+	};
+
+	for (set = 0; set < 2; set++) {
+		bad = ok;
+		bad.vp_index = 1;
+		check_error(&t, set, bad, ENOENT, "an unused VP index");
+		bad.vp_index = -1u;
+		check_error(&t, set, bad, ENOENT, "an impossible VP index");
+
+		bad = ok;
+		bad.vp_index = no_hyperv->id;
+		check_error(&t, set, bad, EINVAL, "a vCPU without Hyper-V");
+
+		bad = ok;
+		bad.flags = 1;
+		check_error(&t, set, bad, EINVAL, "flags");
+		bad.flags = BIT(31);
+		check_error(&t, set, bad, EINVAL, "flags");
+
+		bad = ok;
+		bad.padding[0] = 1;
+		check_error(&t, set, bad, EINVAL, "padding");
+		bad.padding[0] = 0;
+		bad.padding[1] = BIT_ULL(63);
+		check_error(&t, set, bad, EINVAL, "padding");
+	}
+
+	bad = ok;
+	bad.mask = 0;
+	check_error(&t, true, bad, EINVAL, "owners but no mask");
+	bad.owners = 0;
+	check_error(&t, true, bad, EINVAL, "neither owners nor mask");
+	bad.owners = OWNER | OWNER2;
+	bad.mask = OWNER;
+	check_error(&t, true, bad, EINVAL, "owners outside of mask");
+
+	r = ioctl(t.vm->fd, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, NULL);
+	TEST_ASSERT(r == -1 && errno == EFAULT,
+		    "SET of NULL: returned %d errno %d, expected -1 errno %d",
+		    r, errno, EFAULT);
+	r = ioctl(t.vm->fd, KVM_HYPERV_GET_TLB_FLUSH_INHIBIT, NULL);
+	TEST_ASSERT(r == -1 && errno == EFAULT,
+		    "GET of NULL: returned %d errno %d, expected -1 errno %d",
+		    r, errno, EFAULT);
+
+	/* What GET returned can be SET, and owners are independent. */
+	hold(&t, TARGET, OWNER);
+	check_owners(&t, TARGET, OWNER | OWNER2);
+	ok.vp_index = t.vp_index[TARGET];
+	vm_ioctl(t.vm, KVM_HYPERV_GET_TLB_FLUSH_INHIBIT, &ok);
+	release(&t, TARGET, -1u);
+	check_owners(&t, TARGET, 0);
+	vm_ioctl(t.vm, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, &ok);
+	check_owners(&t, TARGET, OWNER | OWNER2);
+	release(&t, TARGET, OWNER2);
+	check_owners(&t, TARGET, OWNER);
+
+	/* To release what one does not hold is not an error. */
+	release(&t, TARGET, OWNER2);
+	release(&t, OTHER, OWNER);
+	check_owners(&t, TARGET, OWNER);
+	check_owners(&t, OTHER, 0);
+
+	kvm_vm_free(t.vm);
+}
+
+/* Block on @inhibited, nobody is flushed before it is released. */
+static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
+{
+	uint64_t before[NR_VCPUS], after;
+	int i;
+
+	/* Have all memory mapped that this touches, mapping it may flush. */
+	flush_at_once(t, 0, success(t, 0));
+	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
+		run_to_sync(t->vcpus[i]);
+		before[i] = vcpu_get_stat(t->vcpus[i], "tlb_flush");
+	}
+
+	hold(t, inhibited, OWNER);
+	start_blocked(t, 0);
+
+	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
+		run_to_sync(t->vcpus[i]);
+		after = vcpu_get_stat(t->vcpus[i], "tlb_flush");
+		TEST_ASSERT(after == before[i],
+			    "vCPU %d was flushed %lu times by a blocked hypercall, expected none",
+			    i, after - before[i]);
+	}
+
+	release(t, inhibited, OWNER);
+	finish(t, 0, 1);
+
+	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
+		run_to_sync(t->vcpus[i]);
+		after = vcpu_get_stat(t->vcpus[i], "tlb_flush");
+		TEST_ASSERT((after != before[i]) == !!(flushed & BIT(i)),
+			    "vCPU %d was flushed %lu times, expected %s",
+			    i, after - before[i],
+			    flushed & BIT(i) ? "at least once" : "none");
+	}
+}
+
+/* A vCPU that moves to another CPU may flush for that reason alone. */
+static void pin_to_cpu(cpu_set_t *saved)
+{
+	int cpu = sched_getcpu();
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	TEST_ASSERT(!sched_getaffinity(0, sizeof(*saved), saved) &&
+		    !sched_setaffinity(0, sizeof(cpus), &cpus),
+		    "Cannot stay on CPU %d, errno %d", cpu, errno);
+}
+
+static void test_forms(const uint32_t *vp_index)
+{
+	const uint32_t all = GENMASK(NR_VCPUS - 1, 0);
+	struct hyperv_tlb_flush *flush;
+	cpu_set_t saved;
+	struct test_vm t;
+	int i, fast;
+
+	pin_to_cpu(&saved);
+	test_vm_create(&t, vp_index, guest_flusher);
+	flush = &t.ctx[0]->flush;
+
+	for (i = 0; i < ARRAY_SIZE(flush_codes); i++) {
+		for (fast = 0; fast < 2; fast++) {
+			uint16_t code = flush_codes[i];
+
+			/* A target, beside another, beside the caller. */
+			if (hyperv_flush_is_ex(code) || vp_index[TARGET] < 64) {
+				set_flush(&t, 0, code, fast, BIT(TARGET));
+				check_blocks(&t, TARGET, BIT(TARGET));
+				set_flush(&t, 0, code, fast, BIT(TARGET) | BIT(OTHER));
+				check_blocks(&t, TARGET, BIT(TARGET) | BIT(OTHER));
+				check_blocks(&t, OTHER, BIT(TARGET) | BIT(OTHER));
+			}
+
+			if (hyperv_flush_is_ex(code) || vp_index[0] < 64) {
+				set_flush(&t, 0, code, fast, BIT(0) | BIT(OTHER));
+				check_blocks(&t, OTHER, BIT(OTHER));
+			}
+
+			/* All: the caller's own owners do not count. */
+			set_flush(&t, 0, code, fast, hyperv_flush_is_ex(code) ? 0 : BIT(OTHER));
+			flush->flags = HV_FLUSH_ALL_PROCESSORS;
+			flush->format = HV_GENERIC_SET_ALL;
+			check_blocks(&t, TARGET, all);
+			hold(&t, 0, OWNER);
+			check_blocks(&t, TARGET, all);
+			flush_at_once(&t, 0, success(&t, 0));
+
+			/* The caller alone. */
+			if (hyperv_flush_is_ex(code) || vp_index[0] < 64) {
+				set_flush(&t, 0, code, fast, BIT(0));
+				flush_at_once(&t, 0, success(&t, 0));
+			}
+			release(&t, 0, OWNER);
+
+			/* Another target. */
+			hold(&t, TARGET, OWNER);
+			set_flush(&t, 0, code, fast, BIT(OTHER));
+			flush_at_once(&t, 0, success(&t, 0));
+
+			/* The VP whose index is the target's vCPU index. */
+			if (vp_index[OTHER] == TARGET) {
+				hold(&t, OTHER, OWNER);
+				release(&t, TARGET, OWNER);
+				set_flush(&t, 0, code, fast, BIT(1));
+				flush_at_once(&t, 0, success(&t, 0));
+				release(&t, OTHER, OWNER);
+				hold(&t, TARGET, OWNER);
+			}
+
+			/* Nobody: no bank, or a bank of no VP. */
+			if (hyperv_flush_is_ex(code)) {
+				set_flush(&t, 0, code, fast, 0);
+				flush_at_once(&t, 0, success(&t, 0));
+				flush->var_cnt = 1;
+				flush->valid_bank_mask = BIT_ULL(63);
+				flush->banks[0] = ~0ull;
+				flush_at_once(&t, 0, success(&t, 0));
+			} else {
+				/* An empty mask means all. */
+				release(&t, TARGET, OWNER);
+				set_flush(&t, 0, code, fast, 0);
+				check_blocks(&t, TARGET, all);
+			}
+			release(&t, TARGET, OWNER);
+		}
+	}
+
+	kvm_vm_free(t.vm);
+	sched_setaffinity(0, sizeof(saved), &saved);
+}
+
+/* Errors take precedence over TlbFlushInhibit. */
+static void test_malformed(void)
+{
+	struct hyperv_hcall_pages *pages, saved;
+	struct hyperv_tlb_flush *flush;
+	struct test_vm t;
+	int i, fast;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	flush = &t.ctx[0]->flush;
+	hold(&t, TARGET, OWNER);
+
+	for (i = 0; i < ARRAY_SIZE(flush_codes); i++) {
+		uint16_t code = flush_codes[i];
+
+		for (fast = 0; fast < 2; fast++) {
+			set_flush(&t, 0, code, fast, BIT(TARGET));
+			flush->reserved = BIT_ULL(27);
+			flush_at_once(&t, 0, HV_STATUS_INVALID_HYPERCALL_INPUT);
+
+			set_flush(&t, 0, code, fast, BIT(TARGET));
+			flush->rep_cnt = !flush->rep_cnt;
+			flush_at_once(&t, 0, HV_STATUS_INVALID_HYPERCALL_INPUT);
+
+			set_flush(&t, 0, code, fast, BIT(TARGET));
+			flush->rep_start = 1;
+			flush_at_once(&t, 0, HV_STATUS_INVALID_HYPERCALL_INPUT);
+
+			set_flush(&t, 0, code, fast, BIT(TARGET));
+			flush->var_cnt++;
+			flush_at_once(&t, 0, HV_STATUS_INVALID_HYPERCALL_INPUT);
+		}
+
+		/* Input that cannot be read. */
+		pages = addr_gva2hva(t.vm, (vm_vaddr_t)t.ctx[0]->pages);
+		saved = *pages;
+		set_flush(&t, 0, code, false, BIT(TARGET));
+		pages->input_gpa = FAULT_GPA;
+		flush_at_once(&t, 0, HV_STATUS_INVALID_HYPERCALL_INPUT);
+		*pages = saved;
+	}
+
+	kvm_vm_free(t.vm);
+}
+
+static void test_several(void)
+{
+	struct test_vm t;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+
+	/* Two flushers, one inhibited VP. */
+	set_plain_flush(&t, 0, BIT(TARGET));
+	set_plain_flush(&t, 1, BIT(TARGET) | BIT(OTHER));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	start_blocked(&t, 1);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	finish(&t, 1, 1);
+
+	/* Two inhibited VPs, the flushers wait for one and for both. */
+	hold(&t, TARGET, OWNER);
+	hold(&t, OTHER, OWNER);
+	start_blocked(&t, 0);
+	start_blocked(&t, 1);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	runner_wait_blocked(&t.runners[1], 2);
+	release(&t, OTHER, OWNER);
+	finish(&t, 1, 2);
+
+	/* Two owners of one VP. */
+	hold(&t, TARGET, OWNER);
+	hold(&t, TARGET, OWNER2);
+	start_blocked(&t, 0);
+	release(&t, TARGET, OWNER);
+	runner_wait_blocked(&t.runners[0], 2);
+	check_owners(&t, TARGET, OWNER2);
+	release(&t, TARGET, OWNER2);
+	finish(&t, 0, 2);
+
+	/* The first owner hands over to the second. */
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	set_inhibit(&t, TARGET, OWNER2, -1u);
+	runner_wait_blocked(&t.runners[0], 2);
+
+	/* Neither another hold nor the release of nothing is a release. */
+	hold(&t, OTHER, OWNER);
+	hold(&t, TARGET, OWNER2);
+	release(&t, TARGET, OWNER);
+	runner_wait_asleep(&t.runners[0]);
+	runner_check_blocks(&t.runners[0], 2);
+
+	/* That of somebody else's VP is, the flusher finds it still has to wait. */
+	release(&t, OTHER, OWNER);
+	runner_wait_blocked(&t.runners[0], 3);
+	release(&t, TARGET, OWNER2);
+	finish(&t, 0, 3);
+
+	/* Each flushes the other, both are inhibited. */
+	set_plain_flush(&t, 0, BIT(1));
+	set_plain_flush(&t, 1, BIT(0));
+	hold(&t, 0, OWNER);
+	hold(&t, 1, OWNER);
+	start_blocked(&t, 0);
+	start_blocked(&t, 1);
+	release(&t, 0, OWNER);
+	finish(&t, 1, 1);
+	/* The other one might not have had to look in between. */
+	release(&t, 1, OWNER);
+	runner_join_sync(&t.runners[0], success(&t, 0));
+
+	kvm_vm_free(t.vm);
+}
+
+static void check_hypercall_regs(struct test_vm *t, int flusher,
+				 struct kvm_regs *regs)
+{
+	struct hyperv_hcall_pages *pages;
+
+	pages = addr_gva2hva(t->vm, (vm_vaddr_t)t->ctx[flusher]->pages);
+	TEST_ASSERT(regs->rip == pages->hcall && regs->rax == pages->hcall,
+		    "RIP %#llx RAX %#llx, expected both to be that of the hypercall, %#lx",
+		    regs->rip, regs->rax, pages->hcall);
+}
+
+static void test_signal(void)
+{
+	struct kvm_mp_state mp_state;
+	struct kvm_regs regs, again;
+	uint64_t hypercalls, ns;
+	struct test_vm t;
+	int r;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+
+	ns = vcpu_get_stat(t.vcpus[0], "hv_tlb_flush_blocked_ns");
+	hypercalls = vcpu_get_stat(t.vcpus[0], "hypercalls");
+	start_blocked(&t, 0);
+	interrupt(&t.runners[0]);
+
+	TEST_ASSERT(vcpu_get_stat(t.vcpus[0], "hv_tlb_flush_blocked_ns") > ns,
+		    "hv_tlb_flush_blocked_ns is still %lu", ns);
+	vcpu_regs_get(t.vcpus[0], &regs);
+	check_hypercall_regs(&t, 0, &regs);
+	vcpu_mp_state_get(t.vcpus[0], &mp_state);
+	TEST_ASSERT(mp_state.mp_state == KVM_MP_STATE_RUNNABLE,
+		    "MP state %u, expected %u", mp_state.mp_state,
+		    KVM_MP_STATE_RUNNABLE);
+
+	/* immediate_exit does not get as far as the hypercall. */
+	t.vcpus[0]->run->immediate_exit = 1;
+	r = __vcpu_run(t.vcpus[0]);
+	TEST_ASSERT(r == -1 && errno == EINTR,
+		    "KVM_RUN returned %d errno %d, expected -1 errno %d",
+		    r, errno, EINTR);
+	t.vcpus[0]->run->immediate_exit = 0;
+	runner_check_blocks(&t.runners[0], 1);
+
+	/* It is executed again, and blocks again. */
+	start_blocked(&t, 0);
+	interrupt(&t.runners[0]);
+	vcpu_regs_get(t.vcpus[0], &again);
+	TEST_ASSERT(!memcmp(&regs, &again, sizeof(regs)),
+		    "Registers changed, RIP %#llx -> %#llx RAX %#llx -> %#llx",
+		    regs.rip, again.rip, regs.rax, again.rax);
+
+	start_blocked(&t, 0);
+	ns = vcpu_get_stat(t.vcpus[0], "hypercalls");
+	TEST_ASSERT(ns == hypercalls, "hypercalls is %lu, expected %lu",
+		    ns, hypercalls);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	ns = vcpu_get_stat(t.vcpus[0], "hypercalls");
+	TEST_ASSERT(ns == hypercalls + 1, "hypercalls is %lu, expected %lu",
+		    ns, hypercalls + 1);
+
+	/* Released while the vCPU was not in KVM_RUN. */
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	interrupt(&t.runners[0]);
+	release(&t, TARGET, OWNER);
+	start(&t, 0);
+	finish(&t, 0, 0);
+
+	/* Userspace has other plans for the vCPU. */
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	interrupt(&t.runners[0]);
+	vcpu_regs_get(t.vcpus[0], &regs);
+	regs.rip = (uint64_t)guest_elsewhere;
+	vcpu_regs_set(t.vcpus[0], &regs);
+	start(&t, 0);
+	runner_join_sync(&t.runners[0], ELSEWHERE);
+	runner_check_blocks(&t.runners[0], 0);
+
+	kvm_vm_free(t.vm);
+}
+
+static void wait_count(uint64_t *count, uint64_t expected,
+		       const char *what)
+{
+	struct timespec start;
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	while (READ_ONCE(*count) < expected) {
+		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,
+			    "%lu %s after %d s, expected %lu", *count, what,
+			    LIMIT_SECS, expected);
+		sched_yield();
+	}
+	TEST_ASSERT(READ_ONCE(*count) == expected, "%lu %s, expected %lu", *count, what,
+		    expected);
+}
+
+/*
+ * A blocked vCPU uses no CPU time while another vCPU does something that takes
+ * a while.  KVM may wake it in passing, which is no exit and does not happen all
+ * the time: mostly to update the guest's clock, some time after another vCPU
+ * has moved to another CPU.
+ */
+static void check_no_cpu_time(struct test_vm *t, int flusher)
+{
+	struct runner *r = &t->runners[flusher];
+	uint64_t blocks, exits, ns;
+	struct timespec start;
+	cpu_set_t saved;
+	int i;
+
+	pin_to_cpu(&saved);
+	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks");
+	runner_wait_asleep(r);
+	exits = vcpu_get_stat(r->vcpu, "exits");
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	do {
+		ns = runner_cpu_ns(r);
+		for (i = 0; i < 20; i++)
+			run_to_sync(t->vcpus[OTHER]);
+		ns = runner_cpu_ns(r) - ns;
+
+		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,
+			    "Blocked vCPU %u still uses CPU time after %d s, %lu ns of late",
+			    r->vcpu->id, LIMIT_SECS, ns);
+	} while (ns);
+
+	sched_setaffinity(0, sizeof(saved), &saved);
+	exits = vcpu_get_stat(r->vcpu, "exits") - exits;
+	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - blocks;
+	TEST_ASSERT(!exits && !blocks,
+		    "Blocked vCPU %u had %lu exits, was blocked %lu times, expected none",
+		    r->vcpu->id, exits, blocks);
+}
+
+static void test_events(void)
+{
+	struct test_vm t;
+	uint64_t i;
+
+	test_vm_create(&t, vp_maps[0], guest_irq_flusher);
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+	check_no_cpu_time(&t, 1);
+
+	/* Each event is handled, and blocks the hypercall once more. */
+	for (i = 1; i <= 10; i++) {
+		send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
+		wait_count(&t.ctx[1]->irqs, i, "interrupts");
+		runner_wait_blocked(&t.runners[1], 1 + i);
+	}
+	for (i = 1; i <= 10; i++) {
+		send_event(&t, 1, APIC_DM_NMI);
+		wait_count(&t.ctx[1]->nmis, i, "NMIs");
+		runner_wait_blocked(&t.runners[1], 11 + i);
+	}
+	check_no_cpu_time(&t, 1);
+
+	/* KVM_HC_KICK_CPU's way to end HLT. */
+	send_event(&t, 1, APIC_DM_REMRD);
+	check_no_cpu_time(&t, 1);
+
+	/* SIPI is for a vCPU that waits for it. */
+	send_event(&t, 1, APIC_DM_STARTUP | SIPI_VECTOR);
+	runner_wait_blocked(&t.runners[1], 22);
+	check_no_cpu_time(&t, 1);
+
+	release(&t, TARGET, OWNER);
+	finish(&t, 1, 22);
+	kvm_vm_free(t.vm);
+
+	/* Interrupts are masked, NMIs are not. */
+	test_vm_create(&t, vp_maps[0], guest_masked_irq_flusher);
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
+	check_no_cpu_time(&t, 1);
+	send_event(&t, 1, APIC_DM_NMI);
+	wait_count(&t.ctx[1]->nmis, 1, "NMIs");
+	runner_wait_blocked(&t.runners[1], 2);
+	check_no_cpu_time(&t, 1);
+	release(&t, TARGET, OWNER);
+	finish(&t, 1, 2);
+	kvm_vm_free(t.vm);
+
+	/* STI defers interrupts for an instruction, not for as long as this. */
+	test_vm_create(&t, vp_maps[0], guest_sti_flusher);
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
+	wait_count(&t.ctx[1]->irqs, 1, "interrupts");
+	runner_wait_blocked(&t.runners[1], 2);
+	release(&t, TARGET, OWNER);
+	finish(&t, 1, 2);
+	kvm_vm_free(t.vm);
+}
+
+/* The vCPU leaves KVM_RUN at the OUT of code in low memory. */
+static void join_stub(struct runner *r)
+{
+	struct kvm_run *run = r->vcpu->run;
+
+	runner_join(r);
+	TEST_ASSERT(!r->ret && run->exit_reason == KVM_EXIT_IO &&
+		    run->io.port == STUB_PORT,
+		    "vCPU %u: ret %d exit reason %s, expected I/O to port %#x",
+		    r->vcpu->id, r->ret, exit_reason_str(run->exit_reason),
+		    STUB_PORT);
+}
+
+static void test_init_sipi(void)
+{
+	static const uint8_t code[] = {
+		0xe6, STUB_PORT,	/* out %al, $STUB_PORT */
+		0xf4,			/* hlt */
+	};
+	struct kvm_sregs sregs;
+	vm_paddr_t page;
+	struct test_vm t;
+
+	memset(&t, 0, sizeof(t));
+	t.vp_index = vp_maps[0];
+	t.vm = ____vm_create(VM_MODE_DEFAULT, NR_PAGES);
+
+	/* SIPI needs low memory, take it before the test program does. */
+	page = vm_phy_page_alloc(t.vm, SIPI_GPA, 0);
+	TEST_ASSERT(page == SIPI_GPA, "Allocated page %#lx, expected %#x", page,
+		    SIPI_GPA);
+	memcpy(addr_gpa2hva(t.vm, page), code, sizeof(code));
+
+	kvm_vm_elf_load(t.vm, program_invocation_name);
+	vm_create_irqchip(t.vm);
+	test_vm_init(&t, guest_irq_flusher);
+
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+
+	/* The second vCPU is no BSP, it waits for SIPI. */
+	send_event(&t, 1, APIC_DM_INIT);
+	send_event(&t, 1, APIC_DM_STARTUP | SIPI_VECTOR);
+	join_stub(&t.runners[1]);
+	runner_check_blocks(&t.runners[1], 1);
+
+	vcpu_sregs_get(t.vcpus[1], &sregs);
+	TEST_ASSERT(sregs.cs.base == SIPI_GPA,
+		    "CS base %#llx, expected %#x", sregs.cs.base, SIPI_GPA);
+	check_owners(&t, TARGET, OWNER);
+	kvm_vm_free(t.vm);
+}
+
+static void test_smi(void)
+{
+	static const uint8_t code[] = {
+		0xe6, STUB_PORT,	/* out %al, $STUB_PORT */
+		0x0f, 0xaa,		/* rsm */
+	};
+	struct test_vm t;
+
+	if (!kvm_has_cap(KVM_CAP_X86_SMM)) {
+		pr_info("no SMM, not tested\n");
+		return;
+	}
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	vm_userspace_mem_region_add(t.vm, VM_MEM_SRC_ANONYMOUS, SMRAM_GPA,
+				    SMRAM_SLOT, SMRAM_PAGES, 0);
+	TEST_ASSERT(vm_phy_pages_alloc(t.vm, SMRAM_PAGES, SMRAM_GPA, SMRAM_SLOT) ==
+		    SMRAM_GPA, "SMRAM is not at %#x", SMRAM_GPA);
+	memcpy(addr_gpa2hva(t.vm, SMRAM_GPA) + 0x8000, code, sizeof(code));
+	vcpu_set_msr(t.vcpus[1], MSR_IA32_SMBASE, SMRAM_GPA);
+
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+	send_event(&t, 1, APIC_DM_SMI);
+	join_stub(&t.runners[1]);
+	runner_check_blocks(&t.runners[1], 1);
+
+	/* RSM returns to the hypercall. */
+	start_blocked(&t, 1);
+	release(&t, TARGET, OWNER);
+	finish(&t, 1, 1);
+	kvm_vm_free(t.vm);
+}
+
+static void test_save_restore(void)
+{
+	struct kvm_hyperv_tlb_flush_inhibit inhibit;
+	struct kvm_x86_state *states[NR_VCPUS];
+	struct test_vm t;
+	int i;
+
+	test_vm_create(&t, vp_maps[2], guest_flusher);
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER | OWNER2);
+	start_blocked(&t, 0);
+	interrupt(&t.runners[0]);
+
+	inhibit = (struct kvm_hyperv_tlb_flush_inhibit) {
+		.vp_index = t.vp_index[TARGET],
+	};
+	vm_ioctl(t.vm, KVM_HYPERV_GET_TLB_FLUSH_INHIBIT, &inhibit);
+	for (i = 0; i < NR_VCPUS; i++)
+		states[i] = vcpu_save_state(t.vcpus[i]);
+
+	kvm_vm_release(t.vm);
+	kvm_vm_restart(t.vm);
+
+	for (i = 0; i < NR_VCPUS; i++) {
+		t.vcpus[i] = vm_vcpu_recreate(t.vm, i);
+		vcpu_set_hv_cpuid(t.vcpus[i]);
+		vcpu_load_state(t.vcpus[i], states[i]);
+		kvm_x86_state_cleanup(states[i]);
+	}
+
+	check_owners(&t, TARGET, 0);
+	vm_ioctl(t.vm, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, &inhibit);
+	check_owners(&t, TARGET, OWNER | OWNER2);
+
+	start_blocked(&t, 0);
+	release(&t, TARGET, -1u);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
+/* Without local APIC in the kernel, HLT is userspace's business. */
+static void test_userspace_apic(void)
+{
+	struct test_vm t = { .vp_index = vp_maps[0] };
+
+	t.vm = ____vm_create(VM_MODE_DEFAULT, NR_PAGES);
+	kvm_vm_elf_load(t.vm, program_invocation_name);
+	test_vm_init(&t, guest_flusher);
+
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	check_no_cpu_time(&t, 0);
+	interrupt(&t.runners[0]);
+	start_blocked(&t, 0);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
+/* A process that dies takes its blocked vCPUs with it. */
+static void test_kill(void)
+{
+	struct test_vm t;
+	int fds[2], status;
+	pid_t pid;
+	char c = 0;
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed, errno %d", errno);
+
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork() failed, errno %d", errno);
+	if (!pid) {
+		test_vm_create(&t, vp_maps[0], guest_flusher);
+		set_plain_flush(&t, 0, BIT(TARGET));
+		hold(&t, TARGET, OWNER);
+		start_blocked(&t, 0);
+		runner_wait_asleep(&t.runners[0]);
+		/* The VM lives on, nobody can release the VP any more. */
+		close(t.vm->fd);
+		test_write(fds[1], &c, 1);
+		for (;;)
+			pause();
+	}
+
+	test_read(fds[0], &c, 1);
+	kill(pid, SIGKILL);
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status),
+		    "status %#x, expected the end by a signal", status);
+	close(fds[0]);
+	close(fds[1]);
+}
+
+#define L2_STACK_SIZE	256
+
+static void l2_guest_flusher(void)
+{
+	hyperv_flush_tlb(event_ctx->pages, &event_ctx->flush);
+}
+
+static void guest_l1(struct svm_test_data *svm, struct guest_ctx *ctx)
+{
+	unsigned long l2_stack[L2_STACK_SIZE] __aligned(16);
+
+	hyperv_enable_hypercalls(ctx->pages);
+	generic_svm_setup(svm, l2_guest_flusher, &l2_stack[L2_STACK_SIZE - 1]);
+	run_guest(svm->vmcb, svm->vmcb_gpa);
+
+	GUEST_ASSERT_1(svm->vmcb->control.exit_code == SVM_EXIT_VMMCALL,
+		       svm->vmcb->control.exit_code);
+	GUEST_SYNC(0);
+
+	/* L1 makes the flush its own. */
+	GUEST_SYNC(hyperv_flush_tlb(ctx->pages, &ctx->flush));
+}
+
+static void test_nested(void)
+{
+	vm_vaddr_t svm_gva, ctx_gva;
+	struct test_vm t;
+
+	if (!kvm_cpu_has(X86_FEATURE_SVM)) {
+		pr_info("no SVM, L2 not tested\n");
+		return;
+	}
+
+	memset(&t, 0, sizeof(t));
+	t.vp_index = vp_maps[0];
+	t.vm = vm_create(2);
+	test_vm_add_vcpu(&t, 0, guest_l1);
+	test_vm_add_vcpu(&t, 1, guest_target);
+
+	ctx_gva = vm_vaddr_alloc_page(t.vm);
+	t.ctx[0] = addr_gva2hva(t.vm, ctx_gva);
+	t.ctx[0]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t.vm);
+	vcpu_alloc_svm(t.vm, &svm_gva);
+	vcpu_args_set(t.vcpus[0], 2, svm_gva, ctx_gva);
+	event_ctx = (void *)ctx_gva;
+	sync_global_to_guest(t.vm, event_ctx);
+
+	set_plain_flush(&t, 0, BIT(1));
+	hold(&t, 1, OWNER);
+	start(&t, 0);
+	runner_join_sync(&t.runners[0], 0);
+	runner_check_blocks(&t.runners[0], 0);
+
+	start_blocked(&t, 0);
+	release(&t, 1, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
+static int uffd_open(void *page)
+{
+	struct uffdio_register reg = {
+		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+	struct uffdio_api api = { .api = UFFD_API };
+	int uffd;
+
+	uffd = syscall(__NR_userfaultfd, O_CLOEXEC);
+	TEST_ASSERT(uffd >= 0, __KVM_SYSCALL_ERROR("userfaultfd()", uffd));
+	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API: errno %d", errno);
+	TEST_ASSERT(!ioctl(uffd, UFFDIO_REGISTER, &reg),
+		    "UFFDIO_REGISTER: errno %d", errno);
+	return uffd;
+}
+
+static void uffd_wait_fault(int uffd)
+{
+	struct pollfd pollfd = { .fd = uffd, .events = POLLIN };
+	struct uffd_msg msg;
+
+	TEST_ASSERT(poll(&pollfd, 1, LIMIT_SECS * 1000) == 1,
+		    "No page fault within %d s", LIMIT_SECS);
+	TEST_ASSERT(read(uffd, &msg, sizeof(msg)) == sizeof(msg) &&
+		    msg.event == UFFD_EVENT_PAGEFAULT,
+		    "Not a page fault: event %#x, errno %d", msg.event, errno);
+}
+
+static void uffd_resolve(int uffd, void *page)
+{
+	struct uffdio_zeropage zero = {
+		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
+	};
+
+	TEST_ASSERT(!ioctl(uffd, UFFDIO_ZEROPAGE, &zero),
+		    "UFFDIO_ZEROPAGE: errno %d", errno);
+}
+
+static int compare_u64(const void *a, const void *b)
+{
+	uint64_t x = *(uint64_t *)a, y = *(uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* From the release until the hypercall is complete, median. */
+static uint64_t release_latency(struct test_vm *t)
+{
+	uint64_t ns[latency_rounds], hypercalls;
+	struct timespec begin;
+	int i;
+
+	for (i = 0; i < latency_rounds; i++) {
+		hold(t, TARGET, OWNER);
+		start_blocked(t, 0);
+		runner_wait_asleep(&t->runners[0]);
+		hypercalls = vcpu_get_stat(t->vcpus[0], "hypercalls");
+
+		clock_gettime(CLOCK_MONOTONIC, &begin);
+		release(t, TARGET, OWNER);
+		vcpu_wait_stat(t->vcpus[0], "hypercalls", hypercalls + 1);
+		ns[i] = timespec_to_ns(timespec_elapsed(begin));
+		finish(t, 0, 1);
+	}
+
+	qsort(ns, latency_rounds, sizeof(ns[0]), compare_u64);
+	return ns[latency_rounds / 2];
+}
+
+/*
+ * The page-in ends when the test says so, which is after the flusher has come
+ * back: if the release waited for it, the test would not get there.
+ */
+static void test_page_in(void)
+{
+	struct userspace_mem_region *region;
+	uint64_t without, during;
+	struct runner toucher;
+	struct test_vm t;
+	vm_vaddr_t gva;
+	int uffd;
+
+	memset(&t, 0, sizeof(t));
+	t.vp_index = vp_maps[0];
+	t.vm = vm_create(NR_VCPUS);
+	test_vm_init(&t, guest_flusher);
+
+	vm_userspace_mem_region_add(t.vm, VM_MEM_SRC_ANONYMOUS, FAULT_GPA,
+				    FAULT_SLOT, 1, 0);
+	region = memslot2region(t.vm, FAULT_SLOT);
+	gva = FAULT_GPA;
+	virt_pg_map(t.vm, gva, FAULT_GPA);
+	uffd = uffd_open(region->host_mem);
+
+	set_plain_flush(&t, 0, BIT(TARGET));
+	without = release_latency(&t);
+
+	/* Any vCPU but the ones that take part. */
+	vcpu_regs_set(t.vcpus[OTHER], &(struct kvm_regs) {
+		.rip = (uint64_t)guest_toucher,
+		.rdi = gva,
+		.rsp = DEFAULT_GUEST_STACK_VADDR_MIN +
+		       DEFAULT_STACK_PGS * PAGE_SIZE - 8,
+		.rflags = 2,
+	});
+	runner_start(&toucher, t.vcpus[OTHER]);
+	uffd_wait_fault(uffd);
+
+	during = release_latency(&t);
+
+	TEST_ASSERT(!__atomic_load_n(&toucher.done, __ATOMIC_ACQUIRE),
+		    "The page-in is over, expected it to last");
+	uffd_resolve(uffd, region->host_mem);
+	runner_join_sync(&toucher, 0);
+
+	pr_info("From the release to the completion of the flush, median of %lu:\n",
+		latency_rounds);
+	pr_info("perf: release ns %lu\n", without);
+	pr_info("perf: release-during-page-in ns %lu\n", during);
+
+	close(uffd);
+	kvm_vm_free(t.vm);
+}
+
+static void wait_progress(uint64_t *count, uint64_t from,
+			  const char *what)
+{
+	struct timespec begin;
+
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	while (READ_ONCE(*count) == from) {
+		TEST_ASSERT(timespec_elapsed(begin).tv_sec < LIMIT_SECS,
+			    "%s is stuck at %lu for %d s", what, from,
+			    LIMIT_SECS);
+		sched_yield();
+	}
+}
+
+/*
+ * Toggle TlbFlushInhibit while two vCPUs flush all the time, for random spans
+ * of up to the time of a few flushes, so that releases come at any point of a
+ * flush.  A vCPU that misses a wake-up stays blocked with nothing inhibited.
+ */
+static void test_race(void)
+{
+	uint64_t counts[NR_FLUSHERS], blocks = 0, i;
+	struct timespec begin;
+	struct test_vm t;
+	int64_t span, ns;
+	int f;
+
+	test_vm_create(&t, vp_maps[0], guest_racer);
+
+	for (f = 0; f < NR_FLUSHERS; f++) {
+		set_plain_flush(&t, f, BIT(TARGET));
+		start(&t, f);
+		wait_progress(&t.ctx[f]->count, 0, "A flusher");
+	}
+
+	/* The fastest of some flushes, others may have been preempted. */
+	span = NSEC_PER_SEC;
+	for (i = 0; i < 100; i++) {
+		clock_gettime(CLOCK_MONOTONIC, &begin);
+		wait_progress(&t.ctx[0]->count, READ_ONCE(t.ctx[0]->count),
+			      "A flusher");
+		span = min(span, timespec_to_ns(timespec_elapsed(begin)));
+	}
+	span = 4 * max(span, 1000L);
+
+	for (i = 0; i < toggles; i++) {
+		ns = random() % span;
+
+		hold(&t, TARGET, OWNER);
+		clock_gettime(CLOCK_MONOTONIC, &begin);
+		while (timespec_to_ns(timespec_elapsed(begin)) < ns)
+			cpu_relax();
+		release(&t, TARGET, OWNER);
+
+		/* All of them have to get on, again and again. */
+		if (i % 10)
+			continue;
+		for (f = 0; f < NR_FLUSHERS; f++)
+			counts[f] = READ_ONCE(t.ctx[f]->count);
+		for (f = 0; f < NR_FLUSHERS; f++)
+			wait_progress(&t.ctx[f]->count, counts[f], "A flusher");
+	}
+
+	for (f = 0; f < NR_FLUSHERS; f++)
+		WRITE_ONCE(t.ctx[f]->stop, true);
+	for (f = 0; f < NR_FLUSHERS; f++) {
+		runner_join_sync(&t.runners[f], 0);
+		blocks += vcpu_get_stat(t.vcpus[f], "hv_tlb_flush_blocks");
+	}
+
+	pr_info("%lu toggles, %lu flushes, %lu times blocked\n", toggles,
+		t.ctx[0]->count + t.ctx[1]->count, blocks);
+	TEST_ASSERT(blocks, "No flush met an inhibited VP in %lu toggles", toggles);
+	kvm_vm_free(t.vm);
+}
+
+/*
+ * The guest has a page table entry point to one page after the other, and
+ * poisons the page that it pointed to before once it has flushed.  A walk of
+ * the page tables under TlbFlushInhibit must not get to a poisoned page.
+ */
+#define VALID		0x600d
+#define POISON		0xdead
+#define NR_SWITCHED	4
+
+struct switcher {
+	uint64_t *pte;
+	uint64_t ptes[NR_SWITCHED];
+	uint64_t *pages[NR_SWITCHED];
+	uint64_t switches;
+	bool stop;
+};
+
+static void guest_switcher(struct guest_ctx *ctx, struct switcher *s)
+{
+	uint64_t status, i;
+
+	hyperv_enable_hypercalls(ctx->pages);
+
+	for (i = 1; !READ_ONCE(s->stop); i++) {
+		WRITE_ONCE(*s->pages[i % NR_SWITCHED], VALID);
+		WRITE_ONCE(*s->pte, s->ptes[i % NR_SWITCHED]);
+		status = hyperv_flush_tlb(ctx->pages, &ctx->flush);
+		GUEST_ASSERT_1(status == HV_STATUS_SUCCESS, status);
+		WRITE_ONCE(*s->pages[(i - 1) % NR_SWITCHED], POISON);
+		WRITE_ONCE(s->switches, s->switches + 1);
+	}
+	GUEST_SYNC(0);
+}
+
+/*
+ * Walk, and use the translation until @count reaches @until.  Return whether it
+ * went bad meanwhile.
+ */
+static bool walk_is_poisoned(struct test_vm *t, uint64_t *pte,
+			     uint64_t (*count)(struct test_vm *t), uint64_t until)
+{
+	uint64_t *page = addr_gpa2hva(t->vm, READ_ONCE(*pte) & PHYSICAL_PAGE_MASK);
+	struct timespec begin;
+	bool poisoned = false;
+
+	clock_gettime(CLOCK_MONOTONIC, &begin);
+	do {
+		poisoned |= READ_ONCE(*page) != VALID;
+		TEST_ASSERT(timespec_elapsed(begin).tv_sec < LIMIT_SECS,
+			    "The guest is stuck, at %lu, expected %lu",
+			    count(t), until);
+	} while (count(t) < until);
+
+	return poisoned || READ_ONCE(*page) != VALID;
+}
+
+static struct switcher *switcher;
+
+static uint64_t nr_switches(struct test_vm *t)
+{
+	return READ_ONCE(switcher->switches);
+}
+
+static uint64_t nr_blocks(struct test_vm *t)
+{
+	return vcpu_get_stat(t->vcpus[0], "hv_tlb_flush_blocks");
+}
+
+static void test_walk(void)
+{
+	uint64_t i, blocks, poisoned = 0, unprotected = 0;
+	vm_vaddr_t ctx_gva, s_gva, page, other;
+	uint64_t *pte;
+	struct switcher *s;
+	struct test_vm t;
+
+	memset(&t, 0, sizeof(t));
+	t.vp_index = vp_maps[0];
+	t.vm = vm_create(2);
+	test_vm_add_vcpu(&t, 0, guest_switcher);
+	test_vm_add_vcpu(&t, 1, guest_target);
+
+	ctx_gva = vm_vaddr_alloc_page(t.vm);
+	t.ctx[0] = addr_gva2hva(t.vm, ctx_gva);
+	t.ctx[0]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t.vm);
+	set_plain_flush(&t, 0, BIT(1));
+
+	/* The page that is switched, and what it is switched to. */
+	page = vm_vaddr_alloc_page(t.vm);
+	s_gva = vm_vaddr_alloc_page(t.vm);
+	s = addr_gva2hva(t.vm, s_gva);
+	switcher = s;
+	s->pte = (void *)vm_map_page_table_entry(t.vm, t.vcpus[0], page);
+	for (i = 0; i < NR_SWITCHED; i++) {
+		other = vm_vaddr_alloc_page(t.vm);
+		s->pages[i] = (void *)other;
+		s->ptes[i] = vm_get_page_table_entry(t.vm, t.vcpus[0], other);
+		*(uint64_t *)addr_gva2hva(t.vm, other) = VALID;
+	}
+	vm_set_page_table_entry(t.vm, t.vcpus[0], page, s->ptes[0]);
+	pte = addr_gpa2hva(t.vm, addr_gva2gpa(t.vm, (vm_vaddr_t)s->pte));
+	vcpu_args_set(t.vcpus[0], 2, ctx_gva, s_gva);
+
+	start(&t, 0);
+
+	for (i = 0; i < walks; i++) {
+		/* As a control, without TlbFlushInhibit. */
+		unprotected += walk_is_poisoned(&t, pte, nr_switches,
+						nr_switches(&t) + 2);
+
+		/* The guest gets as far as its next flush. */
+		blocks = nr_blocks(&t);
+		hold(&t, 1, OWNER);
+		poisoned += walk_is_poisoned(&t, pte, nr_blocks, blocks + 1);
+		release(&t, 1, OWNER);
+	}
+
+	WRITE_ONCE(s->stop, true);
+	runner_join_sync(&t.runners[0], 0);
+
+	pr_info("%lu walks, %lu switches, %lu times blocked, %lu walks without TlbFlushInhibit went bad\n",
+		walks, s->switches, nr_blocks(&t), unprotected);
+	TEST_ASSERT(!poisoned,
+		    "%lu of %lu walks under TlbFlushInhibit used a page after its flush, expected none",
+		    poisoned, walks);
+	kvm_vm_free(t.vm);
+}
+
+static void no_op(int sig)
+{
+}
+
+int main(int argc, char *argv[])
+{
+	struct sigaction action = { .sa_handler = no_op };
+	int opt, i;
+
+	while ((opt = getopt(argc, argv, "l:t:w:")) != -1) {
+		switch (opt) {
+		case 'l':
+			latency_rounds = parse_size(optarg);
+			break;
+		case 't':
+			toggles = parse_size(optarg);
+			break;
+		case 'w':
+			walks = parse_size(optarg);
+			break;
+		default:
+			TEST_FAIL("usage: %s [-l latency rounds] [-t toggles] [-w walks]",
+				  argv[0]);
+		}
+	}
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_HYPERV_TLB_FLUSH_INHIBIT));
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
+
+	/* Tell stdout not to buffer its content */
+	setbuf(stdout, NULL);
+
+	sigaction(SIGUSR1, &action, NULL);
+
+	test_abi();
+	for (i = 0; i < ARRAY_SIZE(vp_maps); i++)
+		test_forms(vp_maps[i]);
+	test_malformed();
+	test_several();
+	test_signal();
+	test_events();
+	test_init_sipi();
+	test_smi();
+	test_save_restore();
+	test_userspace_apic();
+	test_kill();
+	test_nested();
+	test_page_in();
+	test_race();
+	test_walk();
+
+	return 0;
+}
