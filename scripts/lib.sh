@@ -96,7 +96,7 @@ need_space() {
 
 # step LOG TITLE COMMAND...: run a long command with its output in LOG; show
 # the time it takes; on failure show the end of the log.  Returns the
-# command's exit code.
+# command's exit code.  If the command is a function, errexit is off in it.
 step() {
 	local log=$1 title=$2 start=$SECONDS rc=0 ticker
 	shift 2

@@ -1,0 +1,483 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Torture gfn_to_pfn_caches: vCPUs, irqfds, timers and ioctls write to Xen's
+ * shared info, to vcpu_info, the times and the runstate of each vCPU, while other
+ * threads drop, protect, remap, merge, compact and fork the pages, and delete
+ * and create the memslot.
+ *
+ * What must not happen: a write to a page that has been freed (fresh pages are
+ * checked all the while), or to one that a child of fork() has (each child checks
+ * its copy); a thread that gets nowhere; an event that does not arrive when all
+ * is quiet again.
+ */
+#define _GNU_SOURCE
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/random.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <asm/kvm_para.h>
+
+#include "test_util.h"
+#include "kvm_util.h"
+#include "processor.h"
+
+#define SLOT		10		/* arbitrarily chosen, as is this: */
+#define BASE_GPA	0xc0000000ull
+
+#define PAGES_PER_VCPU	4
+#define MAX_VCPUS	64
+#define TIMER_PORT	100
+
+#define GPA_INVALID	(~0ull)
+#define PENDING_OFFSET	0x800		/* evtchn_pending[] in struct shared_info */
+
+#define HYPERVISOR_set_timer_op	15
+
+static unsigned int nr_vcpus = 4;
+static unsigned int nr_chaos = 2;
+static unsigned int nr_ops = 300;
+static bool do_runstate;
+static unsigned int seed;
+
+static size_t page_size;
+static size_t nr_pages;
+static struct kvm_vm *vm;
+static struct kvm_vcpu *vcpus[MAX_VCPUS];
+static int irqfds[MAX_VCPUS];
+static char *mem;
+static bool stop;
+static unsigned long nr_signals, nr_sends, nr_runs;
+
+/* Only one thread at a time changes the mappings; the others look on. */
+static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
+
+static bool stopped(void)
+{
+	return __atomic_load_n(&stop, __ATOMIC_RELAXED);
+}
+
+static void count(unsigned long *counter)
+{
+	__atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+}
+
+static void guest_code(void)
+{
+	unsigned long rax;
+
+	for (;;) {
+		/* A time that has passed: the event is due at once. */
+		asm volatile("vmcall"
+			     : "=a" (rax)
+			     : "a" (HYPERVISOR_set_timer_op), "D" (1ul)
+			     : "memory");
+		GUEST_SYNC(0);
+	}
+}
+
+static uint64_t page_gpa(unsigned int nr)
+{
+	return BASE_GPA + nr * page_size;
+}
+
+static unsigned int vcpu_page(unsigned int vcpu)
+{
+	return 1 + vcpu * PAGES_PER_VCPU;
+}
+
+static void set_vcpu_attr(unsigned int i, uint16_t type, uint64_t gpa)
+{
+	struct kvm_xen_vcpu_attr attr = { .type = type, .u.gpa = gpa };
+
+	/* May fail, with EFAULT, while the page is not there. */
+	__vcpu_ioctl(vcpus[i], KVM_XEN_VCPU_SET_ATTR, &attr);
+}
+
+static void set_shinfo(uint64_t gfn)
+{
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = gfn,
+	};
+
+	__vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &attr);
+}
+
+static void set_caches(unsigned int i)
+{
+	unsigned int nr = vcpu_page(i);
+
+	set_vcpu_attr(i, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, page_gpa(nr));
+	set_vcpu_attr(i, KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO, page_gpa(nr + 1));
+	if (do_runstate)
+		set_vcpu_attr(i, KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, page_gpa(nr + 2));
+}
+
+static int send_event(unsigned int i, unsigned int port)
+{
+	struct kvm_irq_routing_xen_evtchn uxe = {
+		.port = port,
+		.vcpu = i,
+		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+	};
+
+	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &uxe) ? -errno : 0;
+}
+
+static void map_slot(size_t size)
+{
+	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, size, mem);
+}
+
+static void create_vm(void)
+{
+	struct kvm_xen_hvm_config config = {
+		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL | KVM_XEN_HVM_CONFIG_EVTCHN_SEND,
+		.msr = 0x40000000,
+	};
+	struct kvm_xen_hvm_attr lm = {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE,
+		.u.long_mode = 1,
+	};
+	struct kvm_xen_vcpu_attr timer = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+		.u.timer.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+	};
+	struct kvm_irq_routing *routing;
+	struct kvm_irqfd irqfd = {};
+	unsigned int i;
+
+	vm = vm_create_with_vcpus(nr_vcpus, guest_code, vcpus);
+
+	nr_pages = vcpu_page(nr_vcpus);
+	mem = mmap(NULL, nr_pages * page_size, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap(): %s", strerror(errno));
+	map_slot(nr_pages * page_size);
+
+	vm_ioctl(vm, KVM_XEN_HVM_CONFIG, &config);
+	vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &lm);
+	set_shinfo(BASE_GPA / page_size);
+
+	routing = calloc(1, sizeof(*routing) + nr_vcpus * sizeof(routing->entries[0]));
+	TEST_ASSERT(routing, "calloc()");
+	routing->nr = nr_vcpus;
+	for (i = 0; i < nr_vcpus; i++) {
+		routing->entries[i].gsi = 32 + i;
+		routing->entries[i].type = KVM_IRQ_ROUTING_XEN_EVTCHN;
+		routing->entries[i].u.xen_evtchn.port = 1 + i;
+		routing->entries[i].u.xen_evtchn.vcpu = i;
+		routing->entries[i].u.xen_evtchn.priority =
+			KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL;
+	}
+	vm_ioctl(vm, KVM_SET_GSI_ROUTING, routing);
+	free(routing);
+
+	for (i = 0; i < nr_vcpus; i++) {
+		set_caches(i);
+		vcpu_set_msr(vcpus[i], MSR_KVM_SYSTEM_TIME_NEW,
+			     page_gpa(vcpu_page(i) + 3) | KVM_MSR_ENABLED);
+
+		timer.u.timer.port = TIMER_PORT + i;
+		vcpu_ioctl(vcpus[i], KVM_XEN_VCPU_SET_ATTR, &timer);
+
+		irqfds[i] = eventfd(0, EFD_NONBLOCK);
+		TEST_ASSERT(irqfds[i] >= 0, "eventfd(): %s", strerror(errno));
+		irqfd.fd = irqfds[i];
+		irqfd.gsi = 32 + i;
+		vm_ioctl(vm, KVM_IRQFD, &irqfd);
+	}
+}
+
+static void *vcpu_fn(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+
+	while (!stopped()) {
+		vcpu_run(vcpu);
+		count(&nr_runs);
+	}
+	return NULL;
+}
+
+static void *signal_fn(void *arg)
+{
+	uint64_t one = 1;
+	unsigned int i;
+
+	while (!stopped()) {
+		for (i = 0; i < nr_vcpus; i++)
+			TEST_ASSERT(write(irqfds[i], &one, sizeof(one)) == sizeof(one) ||
+				    errno == EAGAIN, "write(eventfd): %s", strerror(errno));
+		count(&nr_signals);
+		sched_yield();
+	}
+	return NULL;
+}
+
+static void *send_fn(void *arg)
+{
+	unsigned int i = 0;
+	int ret;
+
+	while (!stopped()) {
+		ret = send_event(i % nr_vcpus, 200 + i % 64);
+		TEST_ASSERT(!ret || ret == -EFAULT || ret == -EINVAL,
+			    "KVM_XEN_HVM_EVTCHN_SEND: expected success, EFAULT or EINVAL, got %d",
+			    ret);
+		count(&nr_sends);
+		i++;
+	}
+	return NULL;
+}
+
+/* Fresh memory is zero, unless somebody writes to what is not theirs any more. */
+static void *fresh_fn(void *arg)
+{
+	size_t size = 64 * page_size;
+	unsigned long *p;
+	size_t i;
+
+	while (!stopped()) {
+		p = mmap(NULL, size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+		TEST_ASSERT(p != MAP_FAILED, "mmap(): %s", strerror(errno));
+		sched_yield();
+		for (i = 0; i < size / sizeof(*p); i++)
+			TEST_ASSERT(!p[i],
+				    "KVM wrote %#lx, at offset %#lx, to a page that had been freed",
+				    p[i], i * sizeof(*p) % page_size);
+		munmap(p, size);
+	}
+	return NULL;
+}
+
+static unsigned long checksum(void)
+{
+	unsigned long *p = (void *)mem, sum = 0;
+	size_t i;
+
+	for (i = 0; i < nr_pages * page_size / sizeof(*p); i++)
+		sum = sum * 31 + p[i];
+	return sum;
+}
+
+static void fork_and_check(void)
+{
+	unsigned long sum;
+	int status, i;
+	pid_t pid;
+
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork(): %s", strerror(errno));
+	if (!pid) {
+		sum = checksum();
+		for (i = 0; i < 5; i++) {
+			sched_yield();
+			if (checksum() != sum)
+				_exit(1);
+		}
+		_exit(0);
+	}
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid(): %s", strerror(errno));
+	TEST_ASSERT(!status, "the copy of a child of fork() changed, status %#x", status);
+}
+
+static void write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+
+	TEST_ASSERT(fd >= 0 && write(fd, text, strlen(text)) == strlen(text),
+		    "write \"%s\" to %s: %s", text, path, strerror(errno));
+	close(fd);
+}
+
+static void check(int ret, const char *what)
+{
+	TEST_ASSERT(!ret, "%s: %s", what, strerror(errno));
+}
+
+static void *chaos_fn(void *arg)
+{
+	unsigned int state = seed + (unsigned long)arg;
+	unsigned int op, nr, n, i;
+	size_t size;
+	char *p;
+
+	for (op = 0; op < nr_ops; op++) {
+		nr = rand_r(&state) % nr_pages;
+		n = 1 + rand_r(&state) % (nr_pages - nr);
+		p = mem + nr * page_size;
+		size = n * page_size;
+		i = rand_r(&state) % nr_vcpus;
+
+		switch (rand_r(&state) % 16) {
+		case 0 ... 5:
+			check(madvise(p, size, MADV_DONTNEED), "MADV_DONTNEED");
+			break;
+		case 6 ... 7:
+			pthread_mutex_lock(&map_lock);
+			check(mprotect(p, size, rand_r(&state) % 2 ? PROT_READ : PROT_NONE),
+			      "mprotect()");
+			sched_yield();
+			check(mprotect(mem, nr_pages * page_size, PROT_READ | PROT_WRITE),
+			      "mprotect()");
+			pthread_mutex_unlock(&map_lock);
+			break;
+		case 8:
+			pthread_mutex_lock(&map_lock);
+			TEST_ASSERT(mmap(p, size, PROT_READ | PROT_WRITE,
+					 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == p,
+				    "mmap(): %s", strerror(errno));
+			pthread_mutex_unlock(&map_lock);
+			break;
+		case 9 ... 10:
+			pthread_mutex_lock(&map_lock);
+			fork_and_check();
+			pthread_mutex_unlock(&map_lock);
+			break;
+		case 11:
+			check(madvise(p, size, MADV_MERGEABLE), "MADV_MERGEABLE");
+			break;
+		case 12:
+			write_file("/proc/sys/vm/compact_memory", "1");
+			break;
+		case 13:
+			pthread_mutex_lock(&map_lock);
+			map_slot(0);
+			sched_yield();
+			map_slot(nr_pages * page_size);
+			pthread_mutex_unlock(&map_lock);
+			break;
+		case 14:
+			set_shinfo(GPA_INVALID);
+			sched_yield();
+			set_shinfo(BASE_GPA / page_size);
+			break;
+		case 15:
+			set_vcpu_attr(i, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, GPA_INVALID);
+			set_caches(i);
+			break;
+		}
+	}
+	return NULL;
+}
+
+static unsigned long pending(unsigned int port)
+{
+	unsigned long *bits = (void *)(mem + PENDING_OFFSET);
+
+	return __atomic_load_n(&bits[port / 64], __ATOMIC_SEQ_CST) >> port % 64 & 1;
+}
+
+static pthread_t create(void *(*fn)(void *), void *arg)
+{
+	pthread_t thread;
+	int ret;
+
+	ret = pthread_create(&thread, NULL, fn, arg);
+	TEST_ASSERT(!ret, "pthread_create(): %s", strerror(ret));
+	return thread;
+}
+
+static void usage(const char *name)
+{
+	printf("Usage: %s [-h] [-c threads] [-n operations] [-r] [-s seed] [-v vcpus]\n"
+	       " -c: threads that change the memory (default: %u)\n"
+	       " -n: what each of them does, how often (default: %u)\n"
+	       " -r: write runstates too\n"
+	       " -s: seed (default: random)\n"
+	       " -v: vCPUs, up to %u (default: %u)\n",
+	       name, nr_chaos, nr_ops, MAX_VCPUS, nr_vcpus);
+	exit(KSFT_FAIL);
+}
+
+int main(int argc, char *argv[])
+{
+	pthread_t threads[MAX_VCPUS + 3], *chaos;
+	unsigned int i, nr = 0;
+	uint64_t one = 1;
+	int opt, ret;
+
+	TEST_ASSERT(getrandom(&seed, sizeof(seed), 0) == sizeof(seed), "getrandom()");
+
+	while ((opt = getopt(argc, argv, "c:hn:rs:v:")) != -1) {
+		switch (opt) {
+		case 'c':
+			nr_chaos = atoi(optarg);
+			break;
+		case 'n':
+			nr_ops = atoi(optarg);
+			break;
+		case 'r':
+			do_runstate = true;
+			break;
+		case 's':
+			seed = strtoul(optarg, NULL, 0);
+			break;
+		case 'v':
+			nr_vcpus = atoi(optarg);
+			TEST_ASSERT(nr_vcpus >= 1 && nr_vcpus <= MAX_VCPUS,
+				    "1 to %d vCPUs, not %s", MAX_VCPUS, optarg);
+			break;
+		default:
+			usage(argv[0]);
+		}
+	}
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+
+	page_size = getpagesize();
+	printf("seed %#x, %u vCPUs, %u threads of %u operations\n", seed, nr_vcpus,
+	       nr_chaos, nr_ops);
+
+	create_vm();
+	write_file("/sys/kernel/mm/ksm/run", "1");
+
+	for (i = 0; i < nr_vcpus; i++)
+		threads[nr++] = create(vcpu_fn, vcpus[i]);
+	threads[nr++] = create(signal_fn, NULL);
+	threads[nr++] = create(send_fn, NULL);
+	threads[nr++] = create(fresh_fn, NULL);
+
+	chaos = calloc(nr_chaos, sizeof(*chaos));
+	TEST_ASSERT(chaos, "calloc()");
+	for (i = 0; i < nr_chaos; i++)
+		chaos[i] = create(chaos_fn, (void *)(unsigned long)i);
+	for (i = 0; i < nr_chaos; i++)
+		pthread_join(chaos[i], NULL);
+	free(chaos);
+
+	__atomic_store_n(&stop, true, __ATOMIC_RELAXED);
+	for (i = 0; i < nr; i++)
+		pthread_join(threads[i], NULL);
+	write_file("/sys/kernel/mm/ksm/run", "2");
+
+	/* All is quiet: everything works again. */
+	set_shinfo(BASE_GPA / page_size);
+	memset(mem, 0, nr_pages * page_size);
+	for (i = 0; i < nr_vcpus; i++) {
+		set_caches(i);
+		ret = send_event(i, 300 + i);
+		TEST_ASSERT(!ret, "KVM_XEN_HVM_EVTCHN_SEND: expected 0, got %d", ret);
+		TEST_ASSERT(pending(300 + i), "port %u expected pending, it is not", 300 + i);
+
+		TEST_ASSERT(write(irqfds[i], &one, sizeof(one)) == sizeof(one),
+			    "write(eventfd): %s", strerror(errno));
+		while (!pending(1 + i))
+			sched_yield();
+	}
+
+	printf("%lu signals, %lu sends, %lu runs\n", nr_signals, nr_sends, nr_runs);
+	kvm_vm_free(vm);
+	return 0;
+}

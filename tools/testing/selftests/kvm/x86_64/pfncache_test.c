@@ -1,0 +1,1356 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Races between the users of gfn_to_pfn_caches and MMU notifiers.
+ *
+ * Xen's shared info page is what KVM writes to here: an event channel that is
+ * raised through an irqfd, in atomic context if the cache is valid and else in a
+ * worker that refreshes it, or by KVM_XEN_HVM_EVTCHN_SEND, which refreshes it in
+ * the thread of the caller.
+ *
+ * Most scenarios hold an invalidation in one of its MMU notifier hooks, by means
+ * of /dev/test_mmu_gate (CONFIG_TEST_MMU_GATE), and look what KVM does in the
+ * window.  They are skipped where there is no such device.
+ *
+ * Each scenario runs in a process of its own.  Its threads exist before the gate is
+ * closed, as those who are stopped may hold mmap_lock.
+ */
+#define _GNU_SOURCE /* for clone() */
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <semaphore.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <asm/kvm_para.h>
+
+#include "test_util.h"
+#include "kvm_util.h"
+#include "processor.h"
+
+#include "../../../../../lib/test_mmu_gate_uapi.h"
+
+#define SLOT		10		/* arbitrarily chosen, as are these: */
+#define BASE_GPA	0xc0000000ull
+#define GSI		32
+#define NR_IRQFDS	2
+
+/* Pages of the slot. */
+#define NR_PAGES	64
+#define VCPU_INFO_PAGE	4
+#define SHINFO_PAGE	32
+
+#define GPA_INVALID	(~0ull)
+#define PENDING_OFFSET	0x800		/* evtchn_pending[] in struct shared_info */
+#define NR_SLOTS	16		/* KVM_NR_GPC_RANGES */
+#define NR_OVERFLOW	20
+#define NR_THREADS	(NR_OVERFLOW + 2)
+
+#define SPIN_US		"/sys/module/kvm/parameters/pfncache_spin_us"
+
+static size_t page_size;
+static size_t big_mib = 48;		/* pages are freed from 40 on */
+static unsigned int nr_rounds = 20;
+
+/* The process of the scenario. */
+static struct kvm_vm *vm;
+static struct kvm_vcpu *vcpu;
+static char *mem;
+static int irqfds[NR_IRQFDS];
+static bool has_gate;
+static int gates[2], nr_gates;
+
+static struct thread {
+	sem_t go;
+	sem_t done;
+	void (*fn)(struct thread *t);
+	pid_t tid;
+	unsigned int nr;
+	unsigned int nr_pages;
+} threads[NR_THREADS];
+
+/* Shared by all processes. */
+static struct shared {
+	unsigned long begun;
+	unsigned long done;
+	bool stop;
+} *sh;
+
+/*
+ * TEST_ASSERT() forks to print a stack trace, and fork() would wait for those who
+ * are stopped.
+ */
+#define WINDOW_ASSERT(cond, fmt...)	\
+do {					\
+	bool __ok = (cond);		\
+					\
+	if (!__ok)			\
+		open_gates();		\
+	TEST_ASSERT(__ok, fmt);		\
+} while (0)
+
+#define wait_for(cond)		\
+do {				\
+	while (!(cond))		\
+		sched_yield();	\
+} while (0)
+
+static void set(unsigned long *p, unsigned long val)
+{
+	__atomic_store_n(p, val, __ATOMIC_SEQ_CST);
+}
+
+static unsigned long get(unsigned long *p)
+{
+	return __atomic_load_n(p, __ATOMIC_SEQ_CST);
+}
+
+static void *page(unsigned int nr)
+{
+	return mem + nr * page_size;
+}
+
+static uint64_t page_gpa(unsigned int nr)
+{
+	return BASE_GPA + nr * page_size;
+}
+
+static unsigned long *pending(unsigned int nr)
+{
+	return page(nr) + PENDING_OFFSET;
+}
+
+static unsigned long shinfo_pending(void)
+{
+	return get(pending(SHINFO_PAGE));
+}
+
+static void open_gates(void)
+{
+	int i;
+
+	for (i = 0; i < nr_gates; i++)
+		ioctl(gates[i], MMU_GATE_OPEN);
+}
+
+static void drop(unsigned int nr, size_t size)
+{
+	int ret = madvise(page(nr), size, MADV_DONTNEED);
+
+	TEST_ASSERT(!ret, "madvise(MADV_DONTNEED): %s", strerror(errno));
+}
+
+static int __set_shinfo(uint64_t gfn)
+{
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = gfn,
+	};
+
+	return __vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &attr);
+}
+
+static void set_shinfo(unsigned int nr)
+{
+	int ret = __set_shinfo(page_gpa(nr) / page_size);
+
+	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_XEN_HVM_SET_ATTR, ret));
+}
+
+static int send_event(unsigned int port)
+{
+	struct kvm_irq_routing_xen_evtchn uxe = {
+		.port = port,
+		.vcpu = 0,
+		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+	};
+
+	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &uxe) ? -errno : 0;
+}
+
+static void expect_send(unsigned int port, int expected)
+{
+	int ret = send_event(port);
+
+	WINDOW_ASSERT(ret == expected, "KVM_XEN_HVM_EVTCHN_SEND: expected %d, got %d",
+		      expected, ret);
+}
+
+/* Raise port @i + 1. */
+static void signal_irqfd(unsigned int i)
+{
+	uint64_t one = 1;
+
+	TEST_ASSERT(write(irqfds[i], &one, sizeof(one)) == sizeof(one),
+		    "write(eventfd): %s", strerror(errno));
+}
+
+static void *thread_fn(void *arg)
+{
+	struct thread *t = arg;
+
+	t->tid = syscall(SYS_gettid);
+	for (;;) {
+		sem_wait(&t->go);
+		t->fn(t);
+		sem_post(&t->done);
+	}
+	return NULL;
+}
+
+static void create_threads(void)
+{
+	pthread_t thread;
+	unsigned int i;
+	int ret;
+
+	for (i = 0; i < NR_THREADS; i++) {
+		sem_init(&threads[i].go, 0, 0);
+		sem_init(&threads[i].done, 0, 0);
+		ret = pthread_create(&thread, NULL, thread_fn, &threads[i]);
+		TEST_ASSERT(!ret, "pthread_create(): %s", strerror(ret));
+	}
+}
+
+static void start(struct thread *t, void (*fn)(struct thread *t))
+{
+	t->fn = fn;
+	sem_post(&t->go);
+}
+
+static void join(struct thread *t)
+{
+	while (sem_wait(&t->done))
+		;
+}
+
+static void guest_code(void)
+{
+	for (;;)
+		GUEST_SYNC(0);
+}
+
+static void map_slot(size_t size)
+{
+	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, size, mem);
+}
+
+/* A VM with a slot of @nr_pages, vcpu_info and NR_IRQFDS event channels. */
+static void create_vm(size_t nr_pages)
+{
+	struct kvm_xen_hvm_config config = {
+		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
+		.msr = 0x40000000,
+	};
+	struct kvm_xen_hvm_attr lm = {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE,
+		.u.long_mode = 1,
+	};
+	struct kvm_xen_vcpu_attr vi = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+		.u.gpa = page_gpa(VCPU_INFO_PAGE),
+	};
+	struct {
+		struct kvm_irq_routing info;
+		struct kvm_irq_routing_entry entries[NR_IRQFDS];
+	} routes = { .info.nr = NR_IRQFDS };
+	struct kvm_irqfd irqfd = {};
+	unsigned int i;
+
+	create_threads();
+	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	/* The first use allocates memory. */
+	if (has_gate)
+		vm_get_stat(vm, "pfncache_wait");
+
+	mem = mmap(NULL, nr_pages * page_size, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap(): %s", strerror(errno));
+	memset(mem, 0, nr_pages * page_size);
+	map_slot(nr_pages * page_size);
+
+	vm_ioctl(vm, KVM_XEN_HVM_CONFIG, &config);
+	vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &lm);
+	vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &vi);
+
+	for (i = 0; i < NR_IRQFDS; i++) {
+		routes.entries[i].gsi = GSI + i;
+		routes.entries[i].type = KVM_IRQ_ROUTING_XEN_EVTCHN;
+		routes.entries[i].u.xen_evtchn.port = i + 1;
+		routes.entries[i].u.xen_evtchn.vcpu = vcpu->id;
+		routes.entries[i].u.xen_evtchn.priority =
+			KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL;
+	}
+	vm_ioctl(vm, KVM_SET_GSI_ROUTING, &routes.info);
+
+	for (i = 0; i < NR_IRQFDS; i++) {
+		irqfd.fd = irqfds[i];
+		irqfd.gsi = GSI + i;
+		vm_ioctl(vm, KVM_IRQFD, &irqfd);
+	}
+}
+
+static int open_gate(void)
+{
+	int fd = open_path_or_exit("/dev/test_mmu_gate", O_RDWR | O_CLOEXEC);
+
+	gates[nr_gates++] = fd;
+	return fd;
+}
+
+static void attach_gate(int gate)
+{
+	TEST_ASSERT(!ioctl(gate, MMU_GATE_ATTACH), "MMU_GATE_ATTACH: %s", strerror(errno));
+}
+
+static int open_attached_gate(void)
+{
+	int gate = open_gate();
+
+	attach_gate(gate);
+	return gate;
+}
+
+static void close_gate(int gate, unsigned int nr, unsigned int nr_pages, uint32_t flags)
+{
+	struct mmu_gate_close close = {
+		.start = (unsigned long)page(nr),
+		.end = (unsigned long)page(nr + nr_pages),
+		.flags = flags,
+	};
+
+	TEST_ASSERT(!ioctl(gate, MMU_GATE_CLOSE, &close), "MMU_GATE_CLOSE: %s",
+		    strerror(errno));
+}
+
+/* Wait until @count threads are stopped at the gate. */
+static void wait_gate(int gate, unsigned int count)
+{
+	struct mmu_gate_wait wait = { .count = count, .timeout_ms = 1000 * 1000 };
+
+	TEST_ASSERT(!ioctl(gate, MMU_GATE_WAIT, &wait),
+		    "MMU_GATE_WAIT for %u threads: %s", count, strerror(errno));
+}
+
+static void open_for_all(int gate)
+{
+	TEST_ASSERT(!ioctl(gate, MMU_GATE_OPEN), "MMU_GATE_OPEN: %s", strerror(errno));
+}
+
+static void dropper_fn(struct thread *t)
+{
+	drop(t->nr, t->nr_pages * page_size);
+}
+
+static void start_dropper(struct thread *t, unsigned int nr, unsigned int nr_pages)
+{
+	t->nr = nr;
+	t->nr_pages = nr_pages;
+	start(t, dropper_fn);
+}
+
+/* Send port 3; sh->begun and sh->done tell how far it has got. */
+static void sender_fn(struct thread *t)
+{
+	int ret;
+
+	set(&sh->begun, 1);
+	ret = send_event(3);
+	set(&sh->done, 1);
+	TEST_ASSERT(!ret, "KVM_XEN_HVM_EVTCHN_SEND: expected 0, got %d", ret);
+}
+
+static void activator_fn(struct thread *t)
+{
+	set(&sh->begun, 1);
+	set_shinfo(SHINFO_PAGE);
+	set(&sh->done, 1);
+}
+
+/* Return when the thread waits for an invalidation. */
+static void start_waiter(struct thread *t, void (*fn)(struct thread *t))
+{
+	uint64_t waits = vm_get_stat(vm, "pfncache_wait");
+
+	set(&sh->begun, 0);
+	set(&sh->done, 0);
+	start(t, fn);
+	wait_for(get(&sh->begun) &&
+		 (vm_get_stat(vm, "pfncache_wait") > waits || get(&sh->done)));
+	WINDOW_ASSERT(!get(&sh->done),
+		      "refresh expected to wait for the invalidation of its page, it did not");
+}
+
+static pid_t start_process(void)
+{
+	pid_t pid;
+
+	fflush(stdout);
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork(): %s", strerror(errno));
+	return pid;
+}
+
+static void end_process(pid_t pid)
+{
+	int status;
+
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid(): %s", strerror(errno));
+	TEST_ASSERT(WIFEXITED(status) && !WEXITSTATUS(status),
+		    "process ended with status %#x, expected 0", status);
+}
+
+static void pin(int cpu)
+{
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	TEST_ASSERT(!sched_setaffinity(0, sizeof(cpus), &cpus), "sched_setaffinity(): %s",
+		    strerror(errno));
+}
+
+/* Fresh memory is zero, unless somebody writes to what is not theirs any more. */
+static void *alloc_fresh(size_t size)
+{
+	void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
+				MAP_PRIVATE | MAP_ANONYMOUS | MAP_POPULATE, -1, 0);
+
+	TEST_ASSERT(p != MAP_FAILED, "mmap(): %s", strerror(errno));
+	return p;
+}
+
+static void check_fresh(unsigned long *p, size_t size)
+{
+	size_t i;
+
+	for (i = 0; i < size / sizeof(*p); i++)
+		TEST_ASSERT(!get(&p[i]),
+			    "KVM wrote %#lx, at offset %#lx, to a page that had been freed",
+			    p[i], i * sizeof(*p) % page_size);
+}
+
+/*
+ * The page is the first one of a range that is so large that pages are freed
+ * before the end of the invalidation.  Another process gets them.
+ */
+static void test_large_range(void)
+{
+	size_t nr_pages = SHINFO_PAGE + (big_mib << 20) / page_size;
+	size_t size = (big_mib << 20) * 5 / 4;
+	int gate = open_gate();
+	unsigned long *fresh;
+	pid_t other;
+
+	create_vm(nr_pages);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	other = start_process();
+	if (!other) {
+		wait_gate(gate, 1);
+		/* To a free page, that is for KASAN. */
+		signal_irqfd(0);
+		fresh = alloc_fresh(size);
+		/* To somebody's page. */
+		signal_irqfd(1);
+		open_for_all(gate);
+		check_fresh(fresh, size);
+		exit(0);
+	}
+
+	/* The page is a new one since fork(), nobody else has it. */
+	*pending(SHINFO_PAGE) = 0;
+	expect_send(4, 0);
+
+	close_gate(gate, SHINFO_PAGE, nr_pages - SHINFO_PAGE, MMU_GATE_END);
+	drop(SHINFO_PAGE, (nr_pages - SHINFO_PAGE) * page_size);
+	end_process(other);
+
+	/* The events wait for the new page. */
+	wait_for(shinfo_pending() == 0x6);
+}
+
+/* What is written while fork() copies the page tables does not get to the child. */
+static void test_fork(void)
+{
+	int gate = open_gate();
+	pid_t child, other;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	other = start_process();
+	if (!other) {
+		wait_gate(gate, 1);
+		signal_irqfd(0);
+		open_for_all(gate);
+		exit(0);
+	}
+	*pending(SHINFO_PAGE) = 0;
+	expect_send(4, 0);
+	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+
+	child = start_process();
+	if (!child) {
+		TEST_ASSERT(shinfo_pending() == 0x10,
+			    "child of fork() expected 0x10 pending, got %#lx",
+			    shinfo_pending());
+		exit(0);
+	}
+	end_process(child);
+	end_process(other);
+	wait_for(shinfo_pending() == 0x12);
+}
+
+/* A cache that is just being activated cannot become valid in the window. */
+static void test_activate(void)
+{
+	int gate = open_gate();
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+
+	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[1], SHINFO_PAGE, 1);
+	wait_gate(gate, 1);
+
+	start_waiter(&threads[0], activator_fn);
+	open_for_all(gate);
+	join(&threads[0]);
+	join(&threads[1]);
+
+	expect_send(5, 0);
+	TEST_ASSERT(shinfo_pending() == 0x20, "expected 0x20 pending, got %#lx",
+		    shinfo_pending());
+}
+
+/*
+ * The start hook of KVM has run, the page tables have not changed yet.  A
+ * refresh that pinned the page now would get the old one.
+ */
+static void test_before_zap(void)
+{
+	int gate = open_attached_gate();	/* before KVM's notifier */
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	expect_send(4, 0);
+
+	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_START);
+	start_dropper(&threads[1], SHINFO_PAGE, 1);
+	wait_gate(gate, 1);
+
+	start_waiter(&threads[0], sender_fn);
+	WINDOW_ASSERT(shinfo_pending() == 0x10, "expected 0x10 pending, got %#lx",
+		      shinfo_pending());
+	open_for_all(gate);
+	join(&threads[0]);
+	join(&threads[1]);
+
+	WINDOW_ASSERT(shinfo_pending() == 0x8, "expected 0x8 pending, got %#lx",
+		      shinfo_pending());
+}
+
+/* Invalidations on both sides of the page do not concern it. */
+static void test_neighbours(void)
+{
+	int gate = open_gate();
+	uint64_t retries, waits;
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	close_gate(gate, SHINFO_PAGE - 1, 1, MMU_GATE_END);
+	start_dropper(&threads[1], SHINFO_PAGE - 1, 1);
+	wait_gate(gate, 1);
+	close_gate(gate, SHINFO_PAGE + 1, 1, MMU_GATE_END);
+	start_dropper(&threads[2], SHINFO_PAGE + 1, 1);
+	wait_gate(gate, 2);
+
+	retries = vm_get_stat(vm, "pfncache_retry");
+	waits = vm_get_stat(vm, "pfncache_wait");
+	for (i = 0; i < nr_rounds; i++) {
+		drop(SHINFO_PAGE, page_size);
+		expect_send(5, 0);
+		WINDOW_ASSERT(shinfo_pending() == 0x20, "expected 0x20 pending, got %#lx",
+			      shinfo_pending());
+	}
+	retries = vm_get_stat(vm, "pfncache_retry") - retries;
+	waits = vm_get_stat(vm, "pfncache_wait") - waits;
+	WINDOW_ASSERT(!retries && !waits, "expected no retry and no wait, got %lu and %lu",
+		      retries, waits);
+
+	open_for_all(gate);
+	join(&threads[1]);
+	join(&threads[2]);
+}
+
+/*
+ * Two invalidations overlap at the page, and end in either order; so do two of
+ * the very same range.
+ */
+static void test_overlap(void)
+{
+	int gate[2] = { open_gate(), open_gate() };
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate[0]);
+	attach_gate(gate[1]);
+	set_shinfo(SHINFO_PAGE);
+
+	for (i = 0; i < 2; i++) {
+		close_gate(gate[0], SHINFO_PAGE - 1, 1, MMU_GATE_END);
+		close_gate(gate[1], SHINFO_PAGE + 1, 1, MMU_GATE_END);
+		start_dropper(&threads[1], SHINFO_PAGE - 1, 2);
+		start_dropper(&threads[2], SHINFO_PAGE, 2);
+		wait_gate(gate[0], 1);
+		wait_gate(gate[1], 1);
+
+		start_waiter(&threads[0], sender_fn);
+		open_for_all(gate[i]);
+		join(&threads[1 + i]);
+		WINDOW_ASSERT(!get(&sh->done),
+			      "refresh expected to wait for the other invalidation, it did not");
+		open_for_all(gate[!i]);
+		join(&threads[1 + !i]);
+		join(&threads[0]);
+	}
+
+	/* The first one waits at both gates, one after the other. */
+	close_gate(gate[1], SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[1], SHINFO_PAGE, 1);
+	wait_gate(gate[1], 1);
+	close_gate(gate[0], SHINFO_PAGE, 1, MMU_GATE_END);
+	open_for_all(gate[1]);
+	wait_gate(gate[0], 1);
+	close_gate(gate[1], SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[2], SHINFO_PAGE, 1);
+	wait_gate(gate[1], 1);
+
+	start_waiter(&threads[0], sender_fn);
+	open_for_all(gate[0]);
+	join(&threads[1]);
+	WINDOW_ASSERT(!get(&sh->done),
+		      "refresh expected to wait for the other invalidation, it did not");
+	open_for_all(gate[1]);
+	join(&threads[2]);
+	join(&threads[0]);
+}
+
+/* More invalidations at once than KVM has slots for. */
+static void test_overflow(void)
+{
+	int gate = open_gate();
+	uint64_t overflows, waits;
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	overflows = vm_get_stat(vm, "pfncache_overflow");
+	close_gate(gate, VCPU_INFO_PAGE + 1, SHINFO_PAGE - VCPU_INFO_PAGE,
+		   MMU_GATE_END);
+	for (i = 0; i < NR_OVERFLOW; i++) {
+		start_dropper(&threads[1 + i], VCPU_INFO_PAGE + 1 + i, 1);
+		wait_gate(gate, i + 1);
+	}
+	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
+	WINDOW_ASSERT(overflows == NR_OVERFLOW - NR_SLOTS, "expected %d overflows, got %lu",
+		      NR_OVERFLOW - NR_SLOTS, overflows);
+
+	/* None of them has the page. */
+	waits = vm_get_stat(vm, "pfncache_wait");
+	set_shinfo(SHINFO_PAGE + 1);
+	set_shinfo(SHINFO_PAGE);
+	waits = vm_get_stat(vm, "pfncache_wait") - waits;
+	WINDOW_ASSERT(!waits, "expected no wait, got %lu", waits);
+
+	/* This one has, and finds no slot. */
+	start_dropper(&threads[1 + i], SHINFO_PAGE, 1);
+	wait_gate(gate, NR_OVERFLOW + 1);
+	start_waiter(&threads[0], sender_fn);
+
+	open_for_all(gate);
+	join(&threads[0]);
+	for (i = 0; i <= NR_OVERFLOW; i++)
+		join(&threads[1 + i]);
+
+	/* Nothing is left behind. */
+	waits = vm_get_stat(vm, "pfncache_wait");
+	drop(0, NR_PAGES * page_size);
+	expect_send(5, 0);
+	waits = vm_get_stat(vm, "pfncache_wait") - waits;
+	WINDOW_ASSERT(!waits, "expected no wait, got %lu", waits);
+	WINDOW_ASSERT(shinfo_pending() == 0x20, "expected 0x20 pending, got %#lx",
+		      shinfo_pending());
+}
+
+static void write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+
+	TEST_ASSERT(fd >= 0 && write(fd, text, strlen(text)) == strlen(text),
+		    "write \"%s\" to %s: %s", text, path, strerror(errno));
+	close(fd);
+}
+
+static void read_text(const char *path, char *buf, size_t size)
+{
+	int fd = open(path, O_RDONLY);
+	ssize_t ret = read(fd, buf, size - 1);
+
+	TEST_ASSERT(ret > 0, "read %s: %s", path, strerror(errno));
+	buf[ret] = 0;
+	close(fd);
+}
+
+static bool is_asleep(struct thread *t)
+{
+	char path[64], buf[256], *state;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", t->tid);
+	read_text(path, buf, sizeof(buf));
+	state = strrchr(buf, ')');
+	TEST_ASSERT(state, "no state in \"%s\"", buf);
+	return state[2] == 'D';
+}
+
+/* With pfncache_spin_us a waiter goes to sleep, and is woken. */
+static void test_sleep(void)
+{
+	int gate = open_gate();
+	uint64_t sleeps;
+	int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	for (i = 0; i < 2; i++) {
+		write_file(SPIN_US, i ? "0" : "1");
+		sleeps = vm_get_stat(vm, "pfncache_sleep");
+		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+		start_dropper(&threads[1], SHINFO_PAGE, 1);
+		wait_gate(gate, 1);
+		start_waiter(&threads[0], sender_fn);
+		if (!i)
+			wait_for(is_asleep(&threads[0]));
+		open_for_all(gate);
+		join(&threads[0]);
+		join(&threads[1]);
+		sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
+		TEST_ASSERT(sleeps == !i, "expected %d sleeps, got %lu", !i, sleeps);
+	}
+}
+
+static int clone_fn(void *arg)
+{
+	madvise(page(SHINFO_PAGE), page_size, MADV_DONTNEED);
+	return 0;
+}
+
+/* A thread that waits for an invalidation can be killed. */
+static void test_kill(void)
+{
+	int gate = open_gate();
+	char *stack = alloc_fresh(16 * page_size);
+	siginfo_t info;
+	pid_t victim;
+	int status;
+
+	victim = start_process();
+	if (!victim) {
+		create_vm(NR_PAGES);
+		attach_gate(gate);
+		set_shinfo(SHINFO_PAGE);
+
+		/* It shares the mm, but nobody kills it. */
+		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+		TEST_ASSERT(clone(clone_fn, stack + 16 * page_size,
+				  CLONE_VM | CLONE_PARENT | SIGCHLD, NULL) > 0,
+			    "clone(): %s", strerror(errno));
+		wait_gate(gate, 1);
+		start_waiter(&threads[0], sender_fn);
+		raise(SIGKILL);
+	}
+
+	/* The victim ends while the invalidation is still held. */
+	TEST_ASSERT(!waitid(P_PID, victim, &info, WEXITED), "waitid(): %s",
+		    strerror(errno));
+	TEST_ASSERT(info.si_code == CLD_KILLED && info.si_status == SIGKILL,
+		    "victim expected to be killed, si_code %d status %d",
+		    info.si_code, info.si_status);
+	wait_gate(gate, 1);
+	open_for_all(gate);
+	TEST_ASSERT(wait(&status) > 0, "wait(): %s", strerror(errno));
+}
+
+/*
+ * The OOM reaper, and process_mrelease() which does the same on demand, call the
+ * hooks where they may not block.  The process would end before it is reaped, so
+ * a thread of it is held by all means.
+ */
+static void test_oom(void)
+{
+	int gate = open_gate(), pidfd, ret, status;
+	pid_t victim, other;
+
+	victim = start_process();
+	if (!victim) {
+		create_vm(NR_PAGES);
+		attach_gate(gate);
+		set_shinfo(SHINFO_PAGE);
+
+		close_gate(gate, SHINFO_PAGE + 1, 1, MMU_GATE_END | MMU_GATE_UNKILLABLE);
+		start_dropper(&threads[0], SHINFO_PAGE + 1, 1);
+		wait_gate(gate, 1);
+		expect_send(3, 0);
+		set(&sh->begun, 1);
+		for (;;)
+			pause();
+	}
+
+	wait_for(get(&sh->begun));
+	other = start_process();
+	if (!other) {
+		while (!get(&sh->done)) {
+			signal_irqfd(0);
+			set(&sh->begun, get(&sh->begun) + 1);
+			sched_yield();
+		}
+		exit(0);
+	}
+	wait_for(get(&sh->begun) > 1);
+
+	pidfd = syscall(SYS_pidfd_open, victim, 0);
+	TEST_ASSERT(pidfd >= 0, "pidfd_open(): %s", strerror(errno));
+	TEST_ASSERT(!kill(victim, SIGKILL), "kill(): %s", strerror(errno));
+	do {
+		ret = syscall(SYS_process_mrelease, pidfd, 0);
+	} while (ret && errno == EAGAIN);
+	TEST_ASSERT(!ret, "process_mrelease(): %s", strerror(errno));
+	set(&sh->done, 1);
+	end_process(other);
+
+	open_for_all(gate);
+	TEST_ASSERT(waitpid(victim, &status, 0) == victim, "waitpid(): %s", strerror(errno));
+	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+		    "victim expected to be killed, got status %#x", status);
+}
+
+/* Readers and writers while what is mapped changes under them. */
+static void remap_fn(struct thread *t)
+{
+	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST)) {
+		signal_irqfd(0);
+		send_event(6);
+	}
+}
+
+static void test_remap(void)
+{
+	int gate = open_gate();
+	unsigned int i;
+	void *p;
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	sh->stop = false;
+	start(&threads[0], remap_fn);
+
+	for (i = 0; i < nr_rounds; i++) {
+		set_shinfo(SHINFO_PAGE + i % 3);
+		p = page(SHINFO_PAGE + i % 2);
+		TEST_ASSERT(mmap(p, page_size, PROT_READ | PROT_WRITE,
+				 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == p,
+			    "mmap(): %s", strerror(errno));
+		__set_shinfo(GPA_INVALID);
+	}
+	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+	join(&threads[0]);
+
+	/* A page that is mapped by its pfn, as the memory of a device is. */
+	p = page(SHINFO_PAGE);
+	TEST_ASSERT(mmap(p, page_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+			 gate, 0) == p, "mmap(gate): %s", strerror(errno));
+	set_shinfo(SHINFO_PAGE);
+	expect_send(7, 0);
+	TEST_ASSERT(shinfo_pending() == 0x80, "expected 0x80 pending, got %#lx",
+		    shinfo_pending());
+	TEST_ASSERT(mmap(p, page_size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == p,
+		    "mmap(): %s", strerror(errno));
+	expect_send(8, 0);
+	TEST_ASSERT(shinfo_pending() == 0x100, "expected 0x100 pending, got %#lx",
+		    shinfo_pending());
+}
+
+static unsigned long read_number(const char *path)
+{
+	char buf[32];
+
+	read_text(path, buf, sizeof(buf));
+	return atol(buf);
+}
+
+/* KSM merges the page with another, compaction moves it. */
+static void test_ksm(void)
+{
+	unsigned long scans;
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	memset(mem, 0x5a, NR_PAGES * page_size);
+	TEST_ASSERT(!madvise(mem, NR_PAGES * page_size, MADV_MERGEABLE),
+		    "madvise(MADV_MERGEABLE): %s", strerror(errno));
+	write_file("/sys/kernel/mm/ksm/sleep_millisecs", "0");
+	write_file("/sys/kernel/mm/ksm/run", "1");
+
+	for (i = 0; i < 3; i++) {
+		memset(mem, 0x5a, NR_PAGES * page_size);
+		*pending(SHINFO_PAGE) = 0;
+		memcpy(page(0), page(SHINFO_PAGE), page_size);
+		expect_send(1, 0);
+		TEST_ASSERT(shinfo_pending() == 0x2, "expected 0x2 pending, got %#lx",
+			    shinfo_pending());
+		*pending(SHINFO_PAGE) = 0;
+
+		scans = read_number("/sys/kernel/mm/ksm/full_scans");
+		wait_for(read_number("/sys/kernel/mm/ksm/full_scans") > scans + 3);
+		TEST_ASSERT(read_number("/sys/kernel/mm/ksm/pages_sharing"),
+			    "expected merged pages, got none");
+		write_file("/proc/sys/vm/compact_memory", "1");
+
+		signal_irqfd(0);
+		wait_for(shinfo_pending() == 0x2);
+		TEST_ASSERT(!get(pending(0)), "expected 0 pending in the other page, got %#lx",
+			    get(pending(0)));
+	}
+	write_file("/sys/kernel/mm/ksm/run", "2");
+}
+
+/* Not a page, or not one that can be written to: an error, and then recovery. */
+static void test_bad_address(void)
+{
+	void *p;
+
+	create_vm(NR_PAGES);
+	p = page(SHINFO_PAGE);
+
+	/* Never activated. */
+	expect_send(1, -EINVAL);
+	__set_shinfo(GPA_INVALID);
+	expect_send(1, -EINVAL);
+
+	set_shinfo(SHINFO_PAGE);
+	expect_send(1, 0);
+
+	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, 0, mem);
+	expect_send(2, -EFAULT);
+	map_slot(NR_PAGES * page_size);
+	expect_send(2, 0);
+
+	TEST_ASSERT(!mprotect(p, page_size, PROT_NONE), "mprotect()");
+	expect_send(3, -EFAULT);
+	TEST_ASSERT(!mprotect(p, page_size, PROT_READ), "mprotect()");
+	expect_send(3, -EFAULT);
+	TEST_ASSERT(!mprotect(p, page_size, PROT_READ | PROT_WRITE), "mprotect()");
+	expect_send(3, 0);
+
+	TEST_ASSERT(!munmap(p, page_size), "munmap()");
+	expect_send(4, -EFAULT);
+	TEST_ASSERT(mmap(p, page_size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0) == p, "mmap()");
+	expect_send(4, 0);
+	TEST_ASSERT(shinfo_pending() == 0x10, "expected 0x10 pending, got %#lx",
+		    shinfo_pending());
+
+	/* An address without a memslot can be set, and used later. */
+	TEST_ASSERT(__set_shinfo(0xd0000) && errno == EFAULT, "expected EFAULT, got %d", errno);
+	expect_send(5, -EFAULT);
+	set_shinfo(SHINFO_PAGE);
+	expect_send(5, 0);
+}
+
+/* A structure that would cross a page is refused, and nothing is written. */
+static void test_page_crossing(void)
+{
+	struct kvm_xen_vcpu_attr attr = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+		.u.gpa = page_gpa(VCPU_INFO_PAGE + 1) - 8,
+	};
+	unsigned long *zero;
+	size_t i;
+	int ret;
+
+	create_vm(NR_PAGES);
+
+	ret = __vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &attr);
+	TEST_ASSERT(ret == -1 && errno == EINVAL, "expected EINVAL, got %d, errno %d",
+		    ret, errno);
+
+	zero = addr_gpa2hva(vm, 0);
+	memset(zero, 0, page_size);
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, (page_gpa(9) - 16) | KVM_MSR_ENABLED);
+	vcpu_run(vcpu);
+	for (i = 0; i < page_size / sizeof(*zero); i++)
+		TEST_ASSERT(!zero[i], "KVM wrote %#lx at guest physical address %#lx",
+			    zero[i], i * sizeof(*zero));
+
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(9) | KVM_MSR_ENABLED);
+	vcpu_run(vcpu);
+	TEST_ASSERT(*(uint32_t *)page(9), "expected a time at %p, got version 0", page(9));
+
+	memset(page(9), 0, page_size);
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, (page_gpa(8) - 16) | KVM_MSR_ENABLED);
+	vcpu_run(vcpu);
+	TEST_ASSERT(!*(uint32_t *)page(9), "expected no time at the old address, got version %u",
+		    *(uint32_t *)page(9));
+}
+
+/*
+ * The process of the VM exits, another one that has the file descriptors goes on
+ * to signal an irqfd.  The pages belong to others by then.
+ */
+static void test_released_mm(void)
+{
+	size_t size = (big_mib << 20) * 2;
+	unsigned long *fresh;
+	pid_t owner, heir;
+	int status;
+
+	/* On one CPU, whose lists of free pages are used. */
+	pin(0);
+
+	owner = start_process();
+	if (!owner) {
+		create_vm(NR_PAGES);
+		set_shinfo(SHINFO_PAGE);
+
+		heir = start_process();
+		if (!heir) {
+			munmap(mem, NR_PAGES * page_size);
+			set(&sh->begun, 1);
+			wait_for(get(&sh->done));
+			/* To a free page, that is for KASAN. */
+			signal_irqfd(0);
+			fresh = alloc_fresh(size);
+			signal_irqfd(1);
+			check_fresh(fresh, size);
+			set(&sh->begun, 2);
+			exit(0);
+		}
+		wait_for(get(&sh->begun));
+		/* The page of after the fork. */
+		*pending(SHINFO_PAGE) = 0;
+		expect_send(5, 0);
+		/* Not exit(): leave the VM alone. */
+		_exit(0);
+	}
+	end_process(owner);
+	set(&sh->done, 1);
+
+	/* The heir has been inherited by this process, see PR_SET_CHILD_SUBREAPER. */
+	TEST_ASSERT(wait(&status) > 0, "wait(): %s", strerror(errno));
+	TEST_ASSERT(WIFEXITED(status) && !WEXITSTATUS(status) && get(&sh->begun) == 2,
+		    "heir ended with status %#x, expected 0", status);
+}
+
+static uint64_t now_ns(void)
+{
+	struct timespec ts;
+
+	clock_gettime(CLOCK_MONOTONIC, &ts);
+	return ts.tv_sec * 1000000000ull + ts.tv_nsec;
+}
+
+/*
+ * Activate @nr caches, up to four for each vCPU; the vCPUs never run.  Their file
+ * descriptors go to @fds, the VM lives until these are closed.
+ */
+static unsigned int create_caches(unsigned int nr, int *fds)
+{
+	static const uint16_t types[] = {
+		KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+		KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO,
+		KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR,
+	};
+	struct {
+		struct kvm_msrs header;
+		struct kvm_msr_entry entry;
+	} msrs = {
+		.header.nmsrs = 1,
+		.entry.index = MSR_KVM_SYSTEM_TIME_NEW,
+	};
+	struct kvm_xen_vcpu_attr attr = {};
+	unsigned int i, id = 0;
+	int fd = -1;
+
+	for (i = 0; i < nr; i++) {
+		if (i % 4 == 0) {
+			fd = __vm_ioctl(vm, KVM_CREATE_VCPU, (void *)(unsigned long)id);
+			TEST_ASSERT(fd >= 0, KVM_IOCTL_ERROR(KVM_CREATE_VCPU, fd));
+			fds[id++] = fd;
+		}
+		if (i % 4 < ARRAY_SIZE(types)) {
+			attr.type = types[i % 4];
+			attr.u.gpa = page_gpa(i);
+			TEST_ASSERT(!ioctl(fd, KVM_XEN_VCPU_SET_ATTR, &attr),
+				    "KVM_XEN_VCPU_SET_ATTR: %s", strerror(errno));
+		} else {
+			msrs.entry.data = page_gpa(i) | KVM_MSR_ENABLED;
+			TEST_ASSERT(ioctl(fd, KVM_SET_MSRS, &msrs) == 1,
+				    "KVM_SET_MSRS: %s", strerror(errno));
+		}
+	}
+
+	return id;
+}
+
+/*
+ * The cost of an invalidation, start and end, that no cache has to do with.  To
+ * be counted in instructions (one each nanosecond under QEMU's icount), with the
+ * system call around it, which is the same everywhere.
+ */
+static void perf_hooks(void)
+{
+	static const unsigned int nr_caches[] = { 0, 1, 16, 256, 4096 };
+	const unsigned int rounds = 1000;
+	struct kvm_xen_hvm_config config = { .msr = 0x40000000 };
+	unsigned int i, j, nr_fds;
+	uint64_t begin;
+	int fds[1024];
+	char *p = mmap(NULL, page_size, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	TEST_ASSERT(p != MAP_FAILED, "mmap(): %s", strerror(errno));
+
+	for (i = 0; i < ARRAY_SIZE(nr_caches); i++) {
+		vm = vm_create_barebones();
+		mem = alloc_fresh(4096 * page_size);
+		map_slot(4096 * page_size);
+		vm_create_irqchip(vm);
+		vm_ioctl(vm, KVM_XEN_HVM_CONFIG, &config);
+		nr_fds = create_caches(nr_caches[i], fds);
+
+		begin = now_ns();
+		for (j = 0; j < rounds; j++)
+			madvise(p, page_size, MADV_DONTNEED);
+		printf("perf: hooks_%u_caches instructions %lu\n", nr_caches[i],
+		       (now_ns() - begin) / rounds);
+
+		while (nr_fds--)
+			close(fds[nr_fds]);
+		kvm_vm_free(vm);
+		munmap(mem, 4096 * page_size);
+	}
+	vm = NULL;
+}
+
+static int compare(const void *a, const void *b)
+{
+	uint64_t x = *(uint64_t *)a, y = *(uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+static void drop_neighbours(void)
+{
+	pin(1);
+	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST)) {
+		drop(SHINFO_PAGE - 1, page_size);
+		drop(SHINFO_PAGE + 1, page_size);
+	}
+}
+
+static void neighbour_fn(struct thread *t)
+{
+	drop_neighbours();
+}
+
+static void measure_refresh(const char *what)
+{
+	const unsigned int samples = 2000;
+	uint64_t *ns = calloc(samples, sizeof(*ns)), begin;
+	unsigned int i;
+
+	TEST_ASSERT(ns, "calloc()");
+	for (i = 0; i < samples; i++) {
+		begin = now_ns();
+		set_shinfo(SHINFO_PAGE + i % 2 * 2);
+		ns[i] = now_ns() - begin;
+	}
+	qsort(ns, samples, sizeof(*ns), compare);
+	printf("perf: refresh_%s_median ns %lu\n", what, ns[samples / 2]);
+	printf("perf: refresh_%s_p99 ns %lu\n", what, ns[samples * 99 / 100]);
+	free(ns);
+}
+
+/*
+ * A refresh, each time with another page, both of which are there: no page fault
+ * and no TLB flush is measured.  While nothing else happens; while another process, which does not
+ * concern the VM, invalidates the memory it has on both sides of its copy of the
+ * page; and while a thread of the VM's process does.  Look at the ratios: the
+ * second is what a busy machine costs, the third to the second is what the
+ * invalidations cost.
+ */
+static void perf_refresh(void)
+{
+	uint64_t retries = 0;
+	pid_t other;
+
+	pin(0);
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	measure_refresh("idle");
+
+	sh->stop = false;
+	other = start_process();
+	if (!other) {
+		drop_neighbours();
+		exit(0);
+	}
+	measure_refresh("busy");
+	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+	end_process(other);
+
+	sh->stop = false;
+	if (has_gate)
+		retries = vm_get_stat(vm, "pfncache_retry");
+	start(&threads[0], neighbour_fn);
+	measure_refresh("storm");
+	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+	join(&threads[0]);
+	if (has_gate)
+		printf("perf: refresh_storm_retries count %lu\n",
+		       vm_get_stat(vm, "pfncache_retry") - retries);
+}
+
+static const struct scenario {
+	const char *name;
+	void (*fn)(void);
+	bool gate;
+} scenarios[] = {
+	{ "bad_address", test_bad_address },
+	{ "page_crossing", test_page_crossing },
+	{ "released_mm", test_released_mm },
+	{ "ksm", test_ksm },
+	{ "large_range", test_large_range, true },
+	{ "fork", test_fork, true },
+	{ "activate", test_activate, true },
+	{ "before_zap", test_before_zap, true },
+	{ "neighbours", test_neighbours, true },
+	{ "overlap", test_overlap, true },
+	{ "overflow", test_overflow, true },
+	{ "sleep", test_sleep, true },
+	{ "kill", test_kill, true },
+	{ "oom", test_oom, true },
+	{ "remap", test_remap, true },
+}, measurements[] = {
+	{ "hooks", perf_hooks },
+	{ "refresh", perf_refresh },
+};
+
+static void usage(const char *name)
+{
+	printf("Usage: %s [-h] [-m MiB] [-n rounds] [scenario...]\n"
+	       "       %s -p [measurement...]\n"
+	       " -m: size of a large range (default: %lu)\n"
+	       " -p: measure: hooks (under icount, on one CPU), refresh (on two)\n"
+	       " -n: rounds of the scenarios that repeat something (default: %u)\n",
+	       name, name, big_mib, nr_rounds);
+	exit(KSFT_FAIL);
+}
+
+int main(int argc, char *argv[])
+{
+	unsigned int i, failed = 0, skipped = 0;
+	const struct scenario *s, *list = scenarios;
+	unsigned int nr = ARRAY_SIZE(scenarios);
+	int opt, status, j;
+	bool wanted;
+	pid_t pid;
+
+	while ((opt = getopt(argc, argv, "hm:n:p")) != -1) {
+		switch (opt) {
+		case 'm':
+			big_mib = atoi(optarg);
+			break;
+		case 'n':
+			nr_rounds = atoi(optarg);
+			break;
+		case 'p':
+			list = measurements;
+			nr = ARRAY_SIZE(measurements);
+			break;
+		default:
+			usage(argv[0]);
+		}
+	}
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+
+	page_size = getpagesize();
+	has_gate = !access("/dev/test_mmu_gate", R_OK | W_OK);
+	sh = mmap(NULL, sizeof(*sh), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+		  -1, 0);
+	TEST_ASSERT(sh != MAP_FAILED, "mmap(): %s", strerror(errno));
+
+	for (i = 0; i < nr; i++) {
+		s = &list[i];
+		wanted = optind == argc;
+		for (j = optind; j < argc; j++)
+			wanted |= !strcmp(argv[j], s->name);
+		if (!wanted)
+			continue;
+
+		if (s->gate && !has_gate) {
+			printf("# %s: skipped, needs CONFIG_TEST_MMU_GATE\n", s->name);
+			skipped++;
+			continue;
+		}
+
+		memset(sh, 0, sizeof(*sh));
+		pid = start_process();
+		if (!pid) {
+			prctl(PR_SET_CHILD_SUBREAPER, 1);
+			for (j = 0; j < NR_IRQFDS; j++) {
+				irqfds[j] = eventfd(0, EFD_NONBLOCK);
+				TEST_ASSERT(irqfds[j] >= 0, "eventfd(): %s", strerror(errno));
+			}
+			s->fn();
+			if (vm)
+				kvm_vm_free(vm);
+			exit(0);
+		}
+		TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid(): %s", strerror(errno));
+		if (status)
+			failed++;
+		printf("# %s: %s\n", s->name, status ? "failed" : "ok");
+	}
+
+	if (failed)
+		exit(KSFT_FAIL);
+	if (skipped) {
+		print_skip("%u scenarios need CONFIG_TEST_MMU_GATE", skipped);
+		exit(KSFT_SKIP);
+	}
+	return 0;
+}

@@ -1,0 +1,1734 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Delivery of Xen event channels
+ *
+ * Each case has a VM of its own; -t runs only the named one.  Most of them do
+ * not need the guest to run: the host sends, and looks for the bits in the
+ * shared pages, which are one page for each structure, so that each of them
+ * can be made absent.  -n is for those that provoke a race: how many times.
+ */
+#define _GNU_SOURCE /* for program_invocation_short_name */
+#include <fcntl.h>
+#include <getopt.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <time.h>
+#include <linux/userfaultfd.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+
+#include "apic.h"
+#include "kvm_util.h"
+#include "processor.h"
+
+/* Defined in include/linux/kvm_types.h */
+#define GPA_INVALID		(~(ulong)0)
+
+#define XEN_HYPERCALL_MSR	0x40000000
+
+/* Arbitrarily chosen, mapped one to one, outside of memslot 0. */
+#define SHARED_GPA		0xc0000000
+#define SHARED_SLOT		10
+
+enum {
+	SHINFO_PAGE,
+	VCPU_INFO_PAGE,		/* and that of the second vCPU */
+	TIME_INFO_PAGE = VCPU_INFO_PAGE + 2,
+	NR_SHARED_PAGES,
+	ARGS_PAGES = NR_SHARED_PAGES,	/* the first and the last of three */
+	NR_PAGES = ARGS_PAGES + 3,
+};
+
+#define PAGE_GPA(page)		(SHARED_GPA + (page) * PAGE_SIZE)
+
+/* Arbitrarily chosen, in the middle of its page. */
+#define VCPU_INFO_OFFSET	0x40
+
+#define GSI			32
+
+/* What the library puts into the GDT, and an entry behind that. */
+#define DEFAULT_CODE_SELECTOR	0x8
+#define CODE32_SELECTOR		0x30
+
+#define __HYPERVISOR_set_timer_op	15
+
+#define __HYPERVISOR_sched_op		29
+#define SCHEDOP_yield			0
+#define SCHEDOP_poll			3
+
+#define __HYPERVISOR_event_channel_op	32
+#define EVTCHNOP_send			4
+#define EVTCHNSTAT_interdomain		2
+
+#define LONG_MODE_PORTS		4096
+#define COMPAT_PORTS		1024
+
+/* struct shared_info of either mode */
+#define SHINFO_PENDING		0x800
+#define LONG_MODE_MASK		0xa00
+#define COMPAT_MASK		0x880
+
+struct vcpu_info {
+	uint8_t evtchn_upcall_pending;
+	uint8_t evtchn_upcall_mask;
+	uint32_t compat_pending_sel;
+	uint64_t pending_sel;
+	uint8_t arch[16];
+	uint8_t time[32];
+};
+
+static int nr_races = 100;
+
+struct xen_vm {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpus[2];
+	uint8_t *shared;
+	bool long_mode;
+};
+
+static int set_vm_attr(struct xen_vm *x, struct kvm_xen_hvm_attr attr)
+{
+	return __vm_ioctl(x->vm, KVM_XEN_HVM_SET_ATTR, &attr) ? errno : 0;
+}
+
+static struct kvm_xen_hvm_attr get_vm_attr(struct xen_vm *x, uint16_t type)
+{
+	struct kvm_xen_hvm_attr attr = { .type = type };
+
+	vm_ioctl(x->vm, KVM_XEN_HVM_GET_ATTR, &attr);
+	return attr;
+}
+
+static int set_vcpu_attr(struct kvm_vcpu *vcpu, struct kvm_xen_vcpu_attr attr)
+{
+	return __vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &attr) ? errno : 0;
+}
+
+static void set_long_mode(struct xen_vm *x, bool long_mode)
+{
+	x->long_mode = long_mode;
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = long_mode,
+	}), 0);
+}
+
+static void set_shared_info(struct xen_vm *x)
+{
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE,
+	}), 0);
+}
+
+static void set_vcpu_info(struct xen_vm *x, int i)
+{
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[i], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+		.u.gpa = PAGE_GPA(VCPU_INFO_PAGE + i) + VCPU_INFO_OFFSET,
+	}), 0);
+}
+
+/* A VM with a shared_info page, and no vcpu_info yet. */
+static struct xen_vm *xen_vm_create(void *guest_code, uint32_t flags)
+{
+	struct kvm_xen_hvm_config config = {
+		.flags = flags,
+		.msr = XEN_HYPERCALL_MSR,
+	};
+	struct xen_vm *x = calloc(1, sizeof(*x));
+
+	TEST_ASSERT(x, "calloc() failed: %s", strerror(errno));
+	x->vm = vm_create_with_vcpus(2, guest_code, x->vcpus);
+	vm_userspace_mem_region_add(x->vm, VM_MEM_SRC_ANONYMOUS, SHARED_GPA,
+				    SHARED_SLOT, NR_PAGES, 0);
+	virt_map(x->vm, SHARED_GPA, SHARED_GPA, NR_SHARED_PAGES);
+	x->shared = addr_gpa2hva(x->vm, SHARED_GPA);
+
+	vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config);
+	set_long_mode(x, true);
+	set_shared_info(x);
+	return x;
+}
+
+static struct xen_vm *xen_vm_create_with_vcpu_info(void *guest_code)
+{
+	struct xen_vm *x;
+
+	x = xen_vm_create(guest_code, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+				      KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	set_vcpu_info(x, 0);
+	set_vcpu_info(x, 1);
+	return x;
+}
+
+static void xen_vm_free(struct xen_vm *x)
+{
+	kvm_vm_free(x->vm);
+	free(x);
+}
+
+static uint8_t *shared_page(struct xen_vm *x, int page)
+{
+	return x->shared + page * PAGE_SIZE;
+}
+
+static struct vcpu_info *vcpu_info(struct xen_vm *x, int i)
+{
+	return (void *)shared_page(x, VCPU_INFO_PAGE + i) + VCPU_INFO_OFFSET;
+}
+
+static uint64_t pending_sel(struct xen_vm *x, int i)
+{
+	struct vcpu_info *vi = vcpu_info(x, i);
+
+	return x->long_mode ? READ_ONCE(vi->pending_sel) :
+			      READ_ONCE(vi->compat_pending_sel);
+}
+
+static uint64_t sel_bit(struct xen_vm *x, uint32_t port)
+{
+	return 1ull << (port / (x->long_mode ? 64 : 32));
+}
+
+static bool port_pending(struct xen_vm *x, uint32_t port)
+{
+	uint8_t *bits = shared_page(x, SHINFO_PAGE) + SHINFO_PENDING;
+
+	return READ_ONCE(bits[port / 8]) & BIT(port % 8);
+}
+
+static void mask_port(struct xen_vm *x, uint32_t port)
+{
+	uint8_t *bits = shared_page(x, SHINFO_PAGE) +
+			(x->long_mode ? LONG_MODE_MASK : COMPAT_MASK);
+
+	bits[port / 8] |= BIT(port % 8);
+}
+
+static void clear_pages(struct xen_vm *x)
+{
+	memset(x->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
+}
+
+/* Nothing is in the page until somebody touches it, then zeroes. */
+static void make_absent(struct xen_vm *x, int page)
+{
+	TEST_ASSERT(!madvise(shared_page(x, page), PAGE_SIZE, MADV_DONTNEED),
+		    "madvise() failed: %s", strerror(errno));
+}
+
+static int send_by_ioctl(struct xen_vm *x, uint32_t port, int vcpu)
+{
+	struct kvm_irq_routing_xen_evtchn evtchn = {
+		.port = port,
+		.vcpu = x->vcpus[vcpu]->id,
+		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+	};
+
+	return __vm_ioctl(x->vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
+}
+
+/* Returns an irqfd that sends to the port. */
+static int irqfd_create(struct xen_vm *x, uint32_t port, int vcpu)
+{
+	struct {
+		struct kvm_irq_routing info;
+		struct kvm_irq_routing_entry entry;
+	} routing = {
+		.info.nr = 1,
+		.entry = {
+			.gsi = GSI,
+			.type = KVM_IRQ_ROUTING_XEN_EVTCHN,
+			.u.xen_evtchn = {
+				.port = port,
+				.vcpu = x->vcpus[vcpu]->id,
+				.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+			},
+		},
+	};
+	struct kvm_irqfd irqfd = { .fd = eventfd(0, 0), .gsi = GSI };
+
+	TEST_ASSERT(irqfd.fd >= 0, "eventfd() failed: %s", strerror(errno));
+	vm_ioctl(x->vm, KVM_SET_GSI_ROUTING, &routing.info);
+	vm_ioctl(x->vm, KVM_IRQFD, &irqfd);
+	return irqfd.fd;
+}
+
+static void irqfd_destroy(struct xen_vm *x, int fd)
+{
+	struct kvm_irqfd irqfd = {
+		.fd = fd, .gsi = GSI, .flags = KVM_IRQFD_FLAG_DEASSIGN,
+	};
+
+	vm_ioctl(x->vm, KVM_IRQFD, &irqfd);
+	close(fd);
+}
+
+/* The irqfd does its work at once, unless a page is absent. */
+static void send_by_irqfd(struct xen_vm *x, uint32_t port, int vcpu)
+{
+	int fd = irqfd_create(x, port, vcpu);
+
+	eventfd_write(fd, 1);
+	irqfd_destroy(x, fd);
+}
+
+#define wait_for(cond)								\
+do {										\
+	/* Arbitrarily chosen, long enough for a debug kernel on a slow host. */\
+	const time_t limit_secs = 120;						\
+	struct timespec start;							\
+										\
+	clock_gettime(CLOCK_MONOTONIC, &start);					\
+	while (!(cond)) {							\
+		TEST_ASSERT(timespec_elapsed(start).tv_sec < limit_secs,	\
+			    "still false after %ld s: %s", limit_secs, #cond);	\
+		sched_yield();							\
+	}									\
+} while (0)
+
+static void assert_delivered(struct xen_vm *x, uint32_t port, int vcpu,
+			     const char *how)
+{
+	TEST_ASSERT(port_pending(x, port),
+		    "port %u not pending after %s, long mode %d", port, how,
+		    x->long_mode);
+	TEST_ASSERT(pending_sel(x, vcpu) == sel_bit(x, port),
+		    "port %u by %s, long mode %d: evtchn_pending_sel %#lx, expected %#lx",
+		    port, how, x->long_mode, pending_sel(x, vcpu),
+		    sel_bit(x, port));
+	TEST_ASSERT(vcpu_info(x, vcpu)->evtchn_upcall_pending == 1,
+		    "port %u by %s, long mode %d: evtchn_upcall_pending %u, expected 1",
+		    port, how, x->long_mode,
+		    vcpu_info(x, vcpu)->evtchn_upcall_pending);
+	TEST_ASSERT(!pending_sel(x, !vcpu),
+		    "port %u by %s raised an event for the other vCPU", port, how);
+}
+
+static void assert_untouched(struct xen_vm *x, uint32_t port, const char *how)
+{
+	int i;
+
+	for (i = 0; i < NR_SHARED_PAGES * PAGE_SIZE; i++)
+		TEST_ASSERT(!x->shared[i],
+			    "port %#x by %s, long mode %d: byte %#x is %#x, expected 0",
+			    port, how, x->long_mode, i, x->shared[i]);
+}
+
+static void guest_nothing(void)
+{
+	GUEST_DONE();
+}
+
+static uint64_t run_to_sync(struct kvm_vcpu *vcpu)
+{
+	struct ucall uc;
+
+	vcpu_run(vcpu);
+
+	switch (get_ucall(vcpu, &uc)) {
+	case UCALL_SYNC:
+		return uc.args[1];
+	case UCALL_ABORT:
+		REPORT_GUEST_ASSERT_2(uc, "values: %#lx, %#lx");
+		break;
+	default:
+		TEST_FAIL("vCPU %u: unexpected exit reason %s, ucall %lu",
+			  vcpu->id, exit_reason_str(vcpu->run->exit_reason),
+			  uc.cmd);
+	}
+}
+
+static uint64_t hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
+{
+	uint64_t ret;
+
+	asm volatile("vmcall" : "=a"(ret) : "a"(nr), "D"(arg1), "S"(arg2)
+		     : "memory");
+	return ret;
+}
+
+/* A port of the guest whose EVTCHNOP_send goes to a port of the same guest. */
+static int set_send_port(struct xen_vm *x, uint32_t send_port, uint32_t flags,
+			 uint32_t port, int vcpu)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_EVTCHN,
+		.u.evtchn = {
+			.send_port = send_port,
+			.type = EVTCHNSTAT_interdomain,
+			.flags = flags,
+			.deliver.port = {
+				.port = port,
+				.vcpu = x->vcpus[vcpu]->id,
+				.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+			},
+		},
+	});
+}
+
+/* Sends to the port that the host left in memory. */
+static uint32_t guest_send_port;
+
+static void guest_send(void)
+{
+	for (;;)
+		GUEST_SYNC(hypercall(__HYPERVISOR_event_channel_op,
+				     EVTCHNOP_send, (uint64_t)&guest_send_port));
+}
+
+static void test_port(struct xen_vm *x, uint32_t port)
+{
+	uint32_t limit = x->long_mode ? LONG_MODE_PORTS : COMPAT_PORTS;
+	bool valid = port < limit;
+	int vcpu;
+
+	for (vcpu = 0; vcpu < 2; vcpu++) {
+		/* For the ioctl, not for a route, port 0 is no port at all. */
+		clear_pages(x);
+		ASSERT_EQ(send_by_ioctl(x, port, vcpu), valid && port ? 0 : EINVAL);
+		if (valid && port)
+			assert_delivered(x, port, vcpu, "ioctl");
+		else
+			assert_untouched(x, port, "ioctl");
+
+		clear_pages(x);
+		send_by_irqfd(x, port, vcpu);
+		if (valid)
+			assert_delivered(x, port, vcpu, "irqfd");
+		else
+			assert_untouched(x, port, "irqfd");
+	}
+	if (!valid || !port)
+		return;
+
+	/* One more event does not raise anything, a masked one no upcall. */
+	vcpu_info(x, 1)->evtchn_upcall_pending = 0;
+	ASSERT_EQ(send_by_ioctl(x, port, 1), 0);
+	ASSERT_EQ(vcpu_info(x, 1)->evtchn_upcall_pending, 0);
+
+	clear_pages(x);
+	mask_port(x, port);
+	ASSERT_EQ(send_by_ioctl(x, port, 0), 0);
+	TEST_ASSERT(port_pending(x, port), "masked port %u not pending", port);
+	ASSERT_EQ(pending_sel(x, 0), 0);
+	ASSERT_EQ(vcpu_info(x, 0)->evtchn_upcall_pending, 0);
+}
+
+/* Both modes, the first and the last ports, and the first that are none. */
+static void test_delivery(void)
+{
+	static const uint32_t ports[] = {
+		0, 1, 31, 32, 63, 64, 1022, 1023, 1024, 1025, 4094, 4095, 4096,
+		4097, 131071, 131072, 0x7fffffff, 0x80000000, 0xffffffff,
+	};
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send);
+	int mode, i;
+
+	for (mode = 0; mode < 2; mode++) {
+		set_long_mode(x, mode);
+		for (i = 0; i < ARRAY_SIZE(ports); i++)
+			test_port(x, ports[i]);
+
+		clear_pages(x);
+		ASSERT_EQ(set_send_port(x, 7, 0, 1023, 1), 0);
+		guest_send_port = 7;
+		sync_global_to_guest(x->vm, guest_send_port);
+		ASSERT_EQ(run_to_sync(x->vcpus[0]), 0);
+		assert_delivered(x, 1023, 1, "hypercall");
+		ASSERT_EQ(set_send_port(x, 7, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), 0);
+	}
+
+	xen_vm_free(x);
+}
+
+/* The irqfd's worker, and the sender itself, bring back an absent page. */
+static void test_absent_pages(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	int fd = irqfd_create(x, 5, 0);
+
+	make_absent(x, SHINFO_PAGE);
+	eventfd_write(fd, 1);
+	wait_for(port_pending(x, 5));
+	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
+	assert_delivered(x, 5, 0, "irqfd");
+	irqfd_destroy(x, fd);
+
+	clear_pages(x);
+	make_absent(x, SHINFO_PAGE);
+	ASSERT_EQ(send_by_ioctl(x, 5, 0), 0);
+	assert_delivered(x, 5, 0, "ioctl");
+
+	/* Absent vcpu_info: it is written once the vCPU runs. */
+	clear_pages(x);
+	make_absent(x, VCPU_INFO_PAGE);
+	ASSERT_EQ(send_by_ioctl(x, 5, 0), 0);
+	vcpu_run(x->vcpus[0]);
+	assert_delivered(x, 5, 0, "ioctl");
+
+	xen_vm_free(x);
+}
+
+/* Who touches the page waits until uffd_resolve(). */
+static int uffd_create(void *page)
+{
+	struct uffdio_api api = { .api = UFFD_API };
+	struct uffdio_register reg = {
+		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
+
+	__TEST_REQUIRE(fd >= 0, "userfaultfd() failed: %s", strerror(errno));
+	TEST_ASSERT(!ioctl(fd, UFFDIO_API, &api) && !ioctl(fd, UFFDIO_REGISTER, &reg),
+		    "cannot register with userfaultfd: %s", strerror(errno));
+	return fd;
+}
+
+static void uffd_wait_for_fault(int fd)
+{
+	struct uffd_msg msg;
+
+	TEST_ASSERT(read(fd, &msg, sizeof(msg)) == sizeof(msg) &&
+		    msg.event == UFFD_EVENT_PAGEFAULT,
+		    "no fault from userfaultfd: %s", strerror(errno));
+}
+
+static void uffd_resolve(int fd, void *page)
+{
+	struct uffdio_zeropage zero = {
+		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
+	};
+
+	TEST_ASSERT(!ioctl(fd, UFFDIO_ZEROPAGE, &zero),
+		    "UFFDIO_ZEROPAGE failed: %s", strerror(errno));
+	close(fd);
+}
+
+static void *thread_run_to_sync(void *vcpu)
+{
+	return (void *)run_to_sync(vcpu);
+}
+
+static pthread_t start_thread(void *(*fn)(void *), void *arg)
+{
+	pthread_t thread;
+
+	TEST_ASSERT(!pthread_create(&thread, NULL, fn, arg), "pthread_create() failed");
+	return thread;
+}
+
+static uint64_t join_thread(pthread_t thread, const char *what)
+{
+	/* Arbitrarily chosen, long enough for a debug kernel on a slow host. */
+	const time_t limit_secs = 120;
+	struct timespec limit;
+	void *ret;
+
+	clock_gettime(CLOCK_REALTIME, &limit);
+	limit.tv_sec += limit_secs;
+	TEST_ASSERT(!pthread_timedjoin_np(thread, &ret, &limit),
+		    "%s still waits after %ld s", what, limit_secs);
+	return (uint64_t)ret;
+}
+
+/* Takes kvm->lock, and can do nothing once there are vCPUs. */
+static void *thread_set_boot_cpu_id(void *vm)
+{
+	return (void *)(long)(__vm_ioctl((struct kvm_vm *)vm, KVM_SET_BOOT_CPU_ID, NULL) ?
+			      errno : 0);
+}
+
+static void *thread_get_version(void *vm)
+{
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_XEN_VERSION };
+
+	return (void *)(long)(__vm_ioctl((struct kvm_vm *)vm, KVM_XEN_HVM_GET_ATTR, &attr) ?
+			      errno : 0);
+}
+
+/*
+ * A vCPU that sends an event and waits for the shared_info page to come back
+ * is in an SRCU section, for which holders of kvm->lock wait: it must neither
+ * wait for kvm->lock nor keep it from others.  Nor must it keep userspace from
+ * Xen's attributes, which it may need in order to bring back the page.
+ */
+static void test_kvm_lock(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send);
+	uint8_t *shinfo = shared_page(x, SHINFO_PAGE);
+	pthread_t vcpu;
+	uint64_t ret;
+	int uffd;
+
+	ASSERT_EQ(set_send_port(x, 7, 0, 8, 1), 0);
+	guest_send_port = 7;
+	sync_global_to_guest(x->vm, guest_send_port);
+
+	make_absent(x, SHINFO_PAGE);
+	uffd = uffd_create(shinfo);
+	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
+	uffd_wait_for_fault(uffd);
+
+	ret = join_thread(start_thread(thread_set_boot_cpu_id, x->vm),
+			  "KVM_SET_BOOT_CPU_ID");
+	ASSERT_EQ(ret, EBUSY);
+	ret = join_thread(start_thread(thread_get_version, x->vm),
+			  "KVM_XEN_HVM_GET_ATTR");
+	ASSERT_EQ(ret, 0);
+
+	uffd_resolve(uffd, shinfo);
+	ASSERT_EQ(join_thread(vcpu, "EVTCHNOP_send"), 0);
+	assert_delivered(x, 8, 1, "hypercall");
+
+	xen_vm_free(x);
+}
+
+/* Sends until the host sets guest_stop. */
+static bool guest_stop;
+
+static void guest_send_all_the_time(void)
+{
+	while (!READ_ONCE(guest_stop))
+		hypercall(__HYPERVISOR_event_channel_op, EVTCHNOP_send,
+			  (uint64_t)&guest_send_port);
+	GUEST_SYNC(0);
+}
+
+static void stop_guest(struct xen_vm *x)
+{
+	*(bool *)addr_gva2hva(x->vm, (vm_vaddr_t)&guest_stop) = true;
+}
+
+/* Runs the vCPU; hypercalls that KVM does not handle do nothing. */
+static void *thread_run_with_hypercalls(void *arg)
+{
+	struct kvm_vcpu *vcpu = arg;
+
+	for (;;) {
+		vcpu_run(vcpu);
+		if (vcpu->run->exit_reason != KVM_EXIT_XEN)
+			break;
+		vcpu->run->xen.u.hcall.result = 0;
+	}
+	ASSERT_EQ(get_ucall(vcpu, NULL), UCALL_SYNC);
+	return NULL;
+}
+
+/* Arbitrarily chosen; large enough for the table to need a node of its own. */
+#define RACE_SEND_PORT	700
+
+static bool race_stop;
+
+static void *thread_update_port(void *arg)
+{
+	struct xen_vm *x = arg;
+	int i, err;
+
+	for (i = 0; !READ_ONCE(race_stop); i++) {
+		err = set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, i & 1);
+		TEST_ASSERT(!err || err == ENOENT,
+			    "update of a port: errno %d, expected none or ENOENT", err);
+	}
+	return NULL;
+}
+
+/* Keeps the others waiting for the lock of the port table. */
+static void *thread_get_attr(void *arg)
+{
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_LONG_MODE };
+	struct xen_vm *x = arg;
+
+	while (!READ_ONCE(race_stop))
+		vm_ioctl(x->vm, KVM_XEN_HVM_GET_ATTR, &attr);
+	return NULL;
+}
+
+/*
+ * A port comes and goes while others update it and a vCPU sends to it.  It is
+ * KASAN that sees whether anybody used the port after it was freed.
+ */
+static void test_port_table(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send_all_the_time);
+	pthread_t updaters[4], holder, vcpu;
+	int i;
+
+	/* What never was there. */
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, 0), ENOENT);
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), ENOENT);
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), 0);
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), EEXIST);
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 9, 0), EINVAL);
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), 0);
+
+	guest_send_port = RACE_SEND_PORT;
+	sync_global_to_guest(x->vm, guest_send_port);
+	WRITE_ONCE(race_stop, false);
+	vcpu = start_thread(thread_run_with_hypercalls, x->vcpus[0]);
+	holder = start_thread(thread_get_attr, x);
+	for (i = 0; i < ARRAY_SIZE(updaters); i++)
+		updaters[i] = start_thread(thread_update_port, x);
+
+	for (i = 0; i < nr_races; i++) {
+		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), 0);
+		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), 0);
+	}
+
+	WRITE_ONCE(race_stop, true);
+	stop_guest(x);
+	for (i = 0; i < ARRAY_SIZE(updaters); i++)
+		join_thread(updaters[i], "updater");
+	join_thread(holder, "KVM_XEN_HVM_GET_ATTR");
+	join_thread(vcpu, "sender");
+	xen_vm_free(x);
+}
+
+static void clear_event(struct xen_vm *x, uint32_t port)
+{
+	WRITE_ONCE(vcpu_info(x, 0)->pending_sel, 0);
+	WRITE_ONCE(vcpu_info(x, 1)->pending_sel, 0);
+	WRITE_ONCE(*(uint64_t *)(shared_page(x, SHINFO_PAGE) + SHINFO_PENDING +
+				 port / 64 * 8), 0);
+}
+
+static void wait_for_event(struct xen_vm *x)
+{
+	wait_for(pending_sel(x, 0) || pending_sel(x, 1));
+}
+
+/*
+ * The target changes while a vCPU sends all the time.  What is sent after the
+ * last change goes to the last target.
+ */
+static void test_retarget(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send_all_the_time);
+	pthread_t vcpu;
+	int i, target;
+
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), 0);
+	guest_send_port = RACE_SEND_PORT;
+	sync_global_to_guest(x->vm, guest_send_port);
+	vcpu = start_thread(thread_run_with_hypercalls, x->vcpus[0]);
+
+	for (i = 0; i < nr_races; i++) {
+		target = i & 1;
+		clear_event(x, 8);
+		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, !target), 0);
+		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, target), 0);
+
+		/* The first may have been on its way during the update. */
+		wait_for_event(x);
+		clear_event(x, 8);
+		wait_for_event(x);
+		clear_event(x, 8);
+		wait_for_event(x);
+		TEST_ASSERT(!pending_sel(x, !target),
+			    "update %d: event for vCPU %d, expected vCPU %d",
+			    i, !target, target);
+	}
+
+	stop_guest(x);
+	join_thread(vcpu, "sender");
+	xen_vm_free(x);
+}
+
+static struct {
+	uint64_t ports;
+	uint32_t nr_ports;
+	uint64_t timeout;
+} guest_poll;
+
+static uint32_t guest_poll_port;
+
+static void guest_poll_one(void)
+{
+	guest_poll.ports = (uint64_t)&guest_poll_port;
+	guest_poll.nr_ports = 1;
+	GUEST_SYNC(hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
+			     (uint64_t)&guest_poll));
+}
+
+static void *thread_add_memslot(void *vm)
+{
+	/* Arbitrarily chosen, behind the shared pages. */
+	vm_userspace_mem_region_add((struct kvm_vm *)vm, VM_MEM_SRC_ANONYMOUS,
+				    PAGE_GPA(NR_PAGES), SHARED_SLOT + 1, 1, 0);
+	return NULL;
+}
+
+/* The memslots can be changed while a vCPU polls an event that does not come. */
+static void test_poll_memslot(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
+	pthread_t vcpu;
+
+	guest_poll_port = 8;
+	sync_global_to_guest(x->vm, guest_poll_port);
+	mask_port(x, 8);
+	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
+	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
+	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
+
+	join_thread(start_thread(thread_add_memslot, x->vm),
+		    "KVM_SET_USER_MEMORY_REGION");
+
+	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+	ASSERT_EQ(join_thread(vcpu, "SCHEDOP_poll"), 0);
+	xen_vm_free(x);
+}
+
+static long unreclaimable_kib(void)
+{
+	FILE *f = fopen("/proc/meminfo", "r");
+	char line[128];
+	long kib = -1;
+
+	TEST_ASSERT(f, "cannot open /proc/meminfo: %s", strerror(errno));
+	while (kib < 0 && fgets(line, sizeof(line), f))
+		sscanf(line, "SUnreclaim: %ld kB", &kib);
+	fclose(f);
+	TEST_ASSERT(kib >= 0, "no SUnreclaim in /proc/meminfo");
+	return kib;
+}
+
+/* A hypercall page that userspace provides costs no memory once it is written. */
+static void test_hypercall_page(void)
+{
+	const int nr_writes = 8192;
+	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
+	uint8_t *page = shared_page(x, TIME_INFO_PAGE);
+	struct kvm_xen_hvm_config config = {
+		.msr = XEN_HYPERCALL_MSR,
+		.blob_size_64 = 1,
+	};
+	long before, leaked;
+	uint8_t *blob;
+	int i;
+
+	blob = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(blob != MAP_FAILED, "mmap() failed: %s", strerror(errno));
+	memset(blob, 0x5a, PAGE_SIZE);
+	config.blob_addr_64 = (uintptr_t)blob;
+	vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config);
+
+	before = unreclaimable_kib();
+	for (i = 0; i < nr_writes; i++)
+		vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	leaked = unreclaimable_kib() - before;
+
+	TEST_ASSERT(!memcmp(page, blob, PAGE_SIZE), "hypercall page not written");
+	/*
+	 * A kernel that looks for leaks itself finds this one, and may keep
+	 * what was freed for a while, in order to see whether it is used.
+	 */
+	TEST_ASSERT(leaked < nr_writes * (PAGE_SIZE / 1024) / 2 ||
+		    !access("/sys/kernel/debug/kmemleak", F_OK),
+		    "%ld KiB of kernel memory gone after %d writes of a page",
+		    leaked, nr_writes);
+
+	munmap(blob, PAGE_SIZE);
+	xen_vm_free(x);
+}
+
+static void *thread_change_mode(void *arg)
+{
+	struct xen_vm *x = arg;
+	int i;
+
+	for (i = 0; !READ_ONCE(race_stop); i++)
+		set_long_mode(x, i & 1);
+	return NULL;
+}
+
+static struct kvm_xen_vcpu_attr get_vcpu_attr(struct kvm_vcpu *vcpu, uint16_t type)
+{
+	struct kvm_xen_vcpu_attr attr = { .type = type };
+
+	vcpu_ioctl(vcpu, KVM_XEN_VCPU_GET_ATTR, &attr);
+	return attr;
+}
+
+/*
+ * The mode changes while the host sends to ports that only long mode has.  If
+ * the vcpu_info is absent, KVM notes down which words of the bitmap to look at;
+ * with a word of 32 ports these would be behind the end of its note, where the
+ * vCPU's Xen ID is.
+ */
+static void test_mode_race(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	uint32_t vcpu_id;
+	pthread_t thread;
+	int i, err;
+
+	make_absent(x, VCPU_INFO_PAGE);
+	race_stop = false;
+	thread = start_thread(thread_change_mode, x);
+
+	for (i = 0; i < nr_races * 1000; i++) {
+		uint32_t port = COMPAT_PORTS * 2 + i * 32 % COMPAT_PORTS;
+
+		shared_page(x, SHINFO_PAGE)[SHINFO_PENDING + port / 8] = 0;
+		err = send_by_ioctl(x, port, 0);
+		TEST_ASSERT(!err || err == EINVAL,
+			    "port %u: errno %d, expected none or EINVAL", port, err);
+	}
+
+	WRITE_ONCE(race_stop, true);
+	join_thread(thread, "KVM_XEN_ATTR_TYPE_LONG_MODE");
+
+	vcpu_id = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID).u.vcpu_id;
+	TEST_ASSERT(!vcpu_id, "events changed the Xen ID to %#x, expected 0", vcpu_id);
+	xen_vm_free(x);
+}
+
+/* Two pages in a row for the guest that are none in its memory. */
+#define ARGS_GVA		0xd0000000
+
+struct guest_hypercall {
+	uint64_t nr, arg1, arg2, arg3;
+	uint64_t ret;
+	bool compat;
+};
+
+static struct guest_hypercall guest_hypercall;
+
+/* Arguments in ebx, ecx and edx, made by code in a 32-bit segment. */
+static uint32_t hypercall32(uint32_t nr, uint32_t arg1, uint32_t arg2, uint32_t arg3)
+{
+	uint32_t ret;
+
+	/* The compiler may use the 128 bytes below the stack pointer. */
+	asm volatile("add $-128, %%rsp\n\t"
+		     "pushq %[cs32]\n\t"
+		     "pushq $1f\n\t"
+		     "lretq\n\t"
+		     ".code32\n"
+		     "1:\n\t"
+		     "vmcall\n\t"
+		     "ljmp %[cs64], $2f\n\t"
+		     ".code64\n"
+		     "2:\n\t"
+		     "sub $-128, %%rsp\n\t"
+		     : "=a"(ret)
+		     : "a"(nr), "b"(arg1), "c"(arg2), "d"(arg3),
+		       [cs32]"i"(CODE32_SELECTOR), [cs64]"i"(DEFAULT_CODE_SELECTOR)
+		     : "memory", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15");
+	return ret;
+}
+
+static void guest_make_hypercalls(void)
+{
+	struct guest_hypercall *h = &guest_hypercall;
+
+	GUEST_SYNC(0);
+
+	for (;;) {
+		if (h->compat)
+			h->ret = (int32_t)hypercall32(h->nr, h->arg1, h->arg2, h->arg3);
+		else
+			asm volatile("vmcall" : "=a"(h->ret)
+				     : "a"(h->nr), "D"(h->arg1), "S"(h->arg2), "d"(h->arg3)
+				     : "memory");
+		GUEST_SYNC(h->ret);
+	}
+}
+
+static void set_guest_hypercall(struct xen_vm *x, bool compat, uint64_t nr,
+				uint64_t arg1, uint64_t arg2, uint64_t arg3)
+{
+	struct guest_hypercall *h = addr_gva2hva(x->vm, (vm_vaddr_t)&guest_hypercall);
+
+	*h = (struct guest_hypercall) {
+		.nr = nr, .arg1 = arg1, .arg2 = arg2, .arg3 = arg3, .compat = compat,
+	};
+}
+
+/* Has the guest make a hypercall that KVM handles itself. */
+static int64_t make_hypercall(struct xen_vm *x, bool compat, uint64_t nr,
+			      uint64_t arg1, uint64_t arg2, uint64_t arg3)
+{
+	set_guest_hypercall(x, compat, nr, arg1, arg2, arg3);
+	return run_to_sync(x->vcpus[0]);
+}
+
+static void add_compat_code_segment(struct xen_vm *x)
+{
+	struct kvm_sregs sregs;
+	uint64_t *gdt;
+
+	vcpu_sregs_get(x->vcpus[0], &sregs);
+	gdt = addr_gva2hva(x->vm, sregs.gdt.base);
+	/* Base 0, limit 4 GiB, present, code, readable, 32 bits */
+	gdt[CODE32_SELECTOR / 8] = 0x00cf9b000000ffff;
+}
+
+static void write_arg(struct xen_vm *x, vm_vaddr_t gva, const void *data, int len)
+{
+	int i;
+
+	for (i = 0; i < len; i++)
+		*(uint8_t *)addr_gva2hva(x->vm, gva + i) = ((const uint8_t *)data)[i];
+}
+
+static void test_arguments_of(struct xen_vm *x, bool compat)
+{
+	const uint64_t end = ARGS_GVA + PAGE_SIZE;
+	struct {
+		uint64_t ports;
+		uint32_t nr_ports, pad;
+		uint64_t timeout;
+	} poll = { .nr_ports = 3 };
+	struct {
+		uint32_t ports;
+		uint32_t nr_ports;
+		uint64_t timeout;
+	} compat_poll = { .nr_ports = 3 };
+	uint32_t ports[] = { 9, 8, 10 };
+	uint32_t bad_port = COMPAT_PORTS * 4;
+	void *arg = compat ? (void *)&compat_poll : &poll;
+	int len = compat ? sizeof(compat_poll) : sizeof(poll);
+	uint32_t send_port = 7;
+	uint64_t gva;
+
+	/* Port 8 is pending, which ends the poll at once. */
+	clear_pages(x);
+	mask_port(x, 8);
+	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+
+	for (gva = end - 3 * PAGE_SIZE / 4; gva < end; gva += gva < end - 32 ? 64 : 1) {
+		/* ports[] crosses, or the structure does */
+		poll.ports = gva;
+		compat_poll.ports = gva;
+		write_arg(x, gva, ports, sizeof(ports));
+		write_arg(x, ARGS_GVA, arg, len);
+		ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll,
+					 ARGS_GVA, 0), 0);
+
+		poll.ports = ARGS_GVA;
+		compat_poll.ports = ARGS_GVA;
+		write_arg(x, ARGS_GVA, ports, sizeof(ports));
+		write_arg(x, gva, arg, len);
+		ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll,
+					 gva, 0), 0);
+
+		write_arg(x, ARGS_GVA, &bad_port, sizeof(bad_port));
+		ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll,
+					 gva, 0), -EINVAL);
+	}
+
+	ASSERT_EQ(set_send_port(x, send_port, 0, 8, 1), 0);
+	for (gva = end - 4; gva <= end; gva++) {
+		clear_pages(x);
+		write_arg(x, gva, &send_port, sizeof(send_port));
+		ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_event_channel_op,
+					 EVTCHNOP_send, gva, 0), 0);
+		assert_delivered(x, 8, 1, "hypercall");
+	}
+	ASSERT_EQ(set_send_port(x, send_port, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), 0);
+
+	/* What continues where nothing is. */
+	gva = end + PAGE_SIZE - 2;
+	ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_event_channel_op,
+				 EVTCHNOP_send, gva, 0), -EFAULT);
+	ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll,
+				 gva, 0), -EFAULT);
+	poll.ports = gva;
+	compat_poll.ports = gva;
+	write_arg(x, ARGS_GVA, arg, len);
+	ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll,
+				 ARGS_GVA, 0), -EFAULT);
+}
+
+/* Arguments of hypercalls in 64-bit and in 32-bit code, anywhere. */
+static void test_arguments(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
+	int mode;
+
+	virt_map(x->vm, ARGS_GVA, PAGE_GPA(ARGS_PAGES), 1);
+	virt_map(x->vm, ARGS_GVA + PAGE_SIZE, PAGE_GPA(ARGS_PAGES + 2), 1);
+	run_to_sync(x->vcpus[0]);
+	add_compat_code_segment(x);
+
+	for (mode = 0; mode < 2; mode++) {
+		set_long_mode(x, mode);
+		test_arguments_of(x, false);
+		test_arguments_of(x, true);
+	}
+	xen_vm_free(x);
+}
+
+static void guest_halt(void)
+{
+	for (;;)
+		asm volatile("hlt");
+}
+
+static void nothing(int sig) { }
+
+static void *thread_run_until_signal(void *vcpu)
+{
+	return (void *)(long)(__vcpu_run(vcpu) ? errno : 0);
+}
+
+/* Events for a vCPU without vcpu_info are raised as soon as it has one. */
+static void test_no_vcpu_info(void)
+{
+	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+						     KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	struct sigaction sa = { .sa_handler = nothing };
+	pthread_t vcpu;
+	int mode;
+
+	for (mode = 0; mode < 2; mode++) {
+		set_long_mode(x, mode);
+		clear_pages(x);
+		ASSERT_EQ(send_by_ioctl(x, 100, 0), 0);
+		TEST_ASSERT(port_pending(x, 100), "port 100 not pending");
+		ASSERT_EQ(pending_sel(x, 0), 0);
+
+		set_vcpu_info(x, 0);
+		assert_delivered(x, 100, 0, "ioctl");
+
+		/* Saving a vCPU whose vcpu_info is absent */
+		clear_pages(x);
+		make_absent(x, VCPU_INFO_PAGE);
+		ASSERT_EQ(send_by_ioctl(x, 200, 0), 0);
+		ASSERT_EQ(get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO).u.gpa,
+			  PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET);
+		assert_delivered(x, 200, 0, "ioctl");
+
+		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+			.u.gpa = GPA_INVALID,
+		}), 0);
+	}
+
+	/* What nobody can deliver does not keep the vCPU awake. */
+	clear_pages(x);
+	ASSERT_EQ(send_by_ioctl(x, 100, 0), 0);
+	sigaction(SIGUSR1, &sa, NULL);
+	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
+	vcpu = start_thread(thread_run_until_signal, x->vcpus[0]);
+	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
+	pthread_kill(vcpu, SIGUSR1);
+	ASSERT_EQ(join_thread(vcpu, "KVM_RUN"), EINTR);
+
+	xen_vm_free(x);
+}
+
+/* An event ends the poll even if an upcall for its neighbour is due already. */
+static void test_poll_unmasked(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
+	pthread_t vcpu;
+
+	guest_poll_port = 8;
+	sync_global_to_guest(x->vm, guest_poll_port);
+	ASSERT_EQ(send_by_ioctl(x, 9, 0), 0);
+	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
+	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
+	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
+
+	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+	ASSERT_EQ(join_thread(vcpu, "SCHEDOP_poll"), 0);
+	xen_vm_free(x);
+}
+
+#define TIMER_PORT		8
+
+static uint64_t guest_clock(struct xen_vm *x)
+{
+	struct kvm_clock_data data;
+
+	vm_ioctl(x->vm, KVM_GET_CLOCK, &data);
+	return data.clock;
+}
+
+static void set_timer(struct xen_vm *x, uint64_t expires_ns)
+{
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+		.u.timer = {
+			.port = TIMER_PORT,
+			.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+			.expires_ns = expires_ns,
+		},
+	}), 0);
+}
+
+/* Have the guest set its deadline. */
+static void set_timer_by_guest(struct xen_vm *x, uint64_t expires_ns)
+{
+	ASSERT_EQ(make_hypercall(x, false, __HYPERVISOR_set_timer_op, expires_ns, 0, 0), 0);
+}
+
+static void run_guest(struct xen_vm *x)
+{
+	ASSERT_EQ(make_hypercall(x, false, __HYPERVISOR_sched_op, SCHEDOP_yield, 0, 0), 0);
+}
+
+/* Whatever is due by then has been delivered after it. */
+static void run_guest_after(struct xen_vm *x, uint64_t time_ns)
+{
+	wait_for(guest_clock(x) > time_ns);
+	run_guest(x);
+	run_guest(x);
+}
+
+/* A new deadline replaces the old one, whether it has passed or not. */
+static void test_timer_rearm(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
+	uint64_t old;
+
+	run_to_sync(x->vcpus[0]);
+	set_timer(x, 0);
+
+	old = guest_clock(x) + 300000000;
+	set_timer_by_guest(x, old);
+	set_timer_by_guest(x, 1);
+	run_guest(x);
+	assert_delivered(x, TIMER_PORT, 0, "timer in the past");
+
+	clear_pages(x);
+	run_guest_after(x, old + 50000000);
+	TEST_ASSERT(!port_pending(x, TIMER_PORT), "event of a deadline that was replaced");
+
+	/* Stopped */
+	old = guest_clock(x) + 300000000;
+	set_timer_by_guest(x, old);
+	set_timer_by_guest(x, 0);
+	clear_pages(x);
+	run_guest_after(x, old + 50000000);
+	TEST_ASSERT(!port_pending(x, TIMER_PORT), "event of a timer that was stopped");
+
+	xen_vm_free(x);
+}
+
+/* The timer's event does not wait for the vCPU to run. */
+static void test_timer_delivery(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
+	struct kvm_xen_vcpu_attr attr;
+	uint64_t expires;
+	int i;
+
+	run_to_sync(x->vcpus[0]);
+
+	set_timer(x, guest_clock(x) + 1000000);
+	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
+	assert_delivered(x, TIMER_PORT, 0, "timer");
+
+	/* What is reported is armed or delivered, at any time. */
+	for (i = 0; i < nr_races; i++) {
+		clear_pages(x);
+		expires = guest_clock(x) + i * 1000;
+		set_timer(x, expires);
+		do {
+			attr = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_TIMER);
+			TEST_ASSERT(attr.u.timer.expires_ns == expires ||
+				    (!attr.u.timer.expires_ns && port_pending(x, TIMER_PORT)),
+				    "deadline %lu reported as %lu, event pending: %d",
+				    expires, (uint64_t)attr.u.timer.expires_ns,
+				    port_pending(x, TIMER_PORT));
+		} while (attr.u.timer.expires_ns);
+	}
+
+	/* An absent page is for the vCPU to bring back. */
+	clear_pages(x);
+	make_absent(x, SHINFO_PAGE);
+	expires = guest_clock(x) + 1000000;
+	set_timer(x, expires);
+	run_guest_after(x, expires + 50000000);
+	assert_delivered(x, TIMER_PORT, 0, "timer");
+
+	xen_vm_free(x);
+}
+
+struct pvclock {
+	uint32_t version, pad;
+	uint64_t tsc_timestamp;
+	uint64_t system_time;
+	uint32_t tsc_to_system_mul;
+	int8_t tsc_shift;
+	uint8_t flags;
+};
+
+static uint64_t pvclock_read(volatile struct pvclock *clock)
+{
+	uint32_t version;
+	uint64_t delta, ns;
+
+	do {
+		version = clock->version;
+		asm volatile("" ::: "memory");
+		delta = rdtsc() - clock->tsc_timestamp;
+		delta = clock->tsc_shift < 0 ? delta >> -clock->tsc_shift :
+					       delta << clock->tsc_shift;
+		ns = clock->system_time +
+		     (uint64_t)(((unsigned __int128)delta * clock->tsc_to_system_mul) >> 32);
+		asm volatile("" ::: "memory");
+	} while ((version & 1) || version != clock->version);
+
+	return ns;
+}
+
+/* Reports how much too early, by its own clock, the timer expires at worst. */
+static void guest_time_timer(void)
+{
+	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + SHINFO_PENDING;
+	struct pvclock *clock = (void *)vi->time;
+	uint64_t deadline, now, early = 0;
+	int i;
+
+	for (i = 0; i < 100; i++) {
+		deadline = pvclock_read(clock) + 100000;
+		hypercall(__HYPERVISOR_set_timer_op, deadline, 0);
+		while (!READ_ONCE(*pending))
+			asm volatile("pause");
+		now = pvclock_read(clock);
+		if (now < deadline && deadline - now > early)
+			early = deadline - now;
+		WRITE_ONCE(*pending, 0);
+		vi->pending_sel = 0;
+	}
+	GUEST_SYNC(early);
+}
+
+static void test_timer_pvclock(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_time_timer);
+	uint64_t early;
+
+	set_timer(x, 0);
+	early = run_to_sync(x->vcpus[0]);
+	TEST_ASSERT(!early, "timer %lu ns early by the guest's clock", early);
+	xen_vm_free(x);
+}
+
+static void assert_wall_clock(struct xen_vm *x, const char *how)
+{
+	struct {
+		uint32_t version, sec, nsec;
+	} *wc = (void *)shared_page(x, SHINFO_PAGE) + (x->long_mode ? 0xc00 : 0x900);
+	int64_t boot_time = time(NULL) - guest_clock(x) / 1000000000;
+
+	TEST_ASSERT(wc->version && !(wc->version & 1),
+		    "%s, long mode %d: version %u, expected even and not 0",
+		    how, x->long_mode, wc->version);
+	TEST_ASSERT(llabs(boot_time - wc->sec) <= 10,
+		    "%s, long mode %d: wall clock %u s, expected %ld s",
+		    how, x->long_mode, wc->sec, boot_time);
+}
+
+/* The wall clock is where the guest of the mode looks for it. */
+static void test_wall_clock(void)
+{
+	struct xen_vm *x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+
+	assert_wall_clock(x, "shared_info set");
+
+	clear_pages(x);
+	set_long_mode(x, false);
+	assert_wall_clock(x, "mode changed");
+
+	/* The vCPU is in long mode. */
+	clear_pages(x);
+	vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	x->long_mode = true;
+	assert_wall_clock(x, "hypercall page written");
+
+	/* Absent, but still there */
+	make_absent(x, SHINFO_PAGE);
+	set_long_mode(x, false);
+	assert_wall_clock(x, "mode changed");
+
+	/* Gone */
+	vm_mem_region_delete(x->vm, SHARED_SLOT);
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = true,
+	}), EFAULT);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_LONG_MODE).u.long_mode, false);
+
+	xen_vm_free(x);
+}
+
+static int set_vcpu_info_at(struct xen_vm *x, uint64_t gpa)
+{
+	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, .u.gpa = gpa,
+	});
+}
+
+/* A vcpu_info anywhere in its page, but at a multiple of 4 bytes. */
+static void test_alignment(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	const uint64_t page = PAGE_GPA(TIME_INFO_PAGE);
+	const int last = PAGE_SIZE - sizeof(struct vcpu_info);
+	int mode, offset;
+	uint8_t *vi;
+
+	for (mode = 0; mode < 2; mode++) {
+		set_long_mode(x, mode);
+		for (offset = 0; offset <= last; offset += offset < last - 80 ? 64 : 1) {
+			int err = set_vcpu_info_at(x, page + offset);
+
+			ASSERT_EQ(err, offset % 4 ? EINVAL : 0);
+			if (err)
+				continue;
+
+			clear_pages(x);
+			ASSERT_EQ(send_by_ioctl(x, 1023, 0), 0);
+			vi = shared_page(x, TIME_INFO_PAGE) + offset;
+			TEST_ASSERT(vi[0] == 1, "offset %d: no upcall", offset);
+			/* Port 1023 is in the last of 32 words, or of 16. */
+			TEST_ASSERT(mode ? vi[8 + 1] == 0x80 : vi[4 + 3] == 0x80,
+				    "offset %d, long mode %d: wrong evtchn_pending_sel",
+				    offset, mode);
+		}
+		ASSERT_EQ(set_vcpu_info_at(x, page + last + 4), EINVAL);
+		ASSERT_EQ(get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO).u.gpa,
+			  page + last);
+	}
+	xen_vm_free(x);
+}
+
+/* The hypercall MSR is one that only hypervisors have. */
+static void test_msr(void)
+{
+	static const struct {
+		uint32_t msr;
+		int err;
+	} msrs[] = {
+		{ MSR_IA32_TSC, EINVAL },
+		{ MSR_EFER, EINVAL },
+		{ 0x3fffffff, EINVAL },
+		{ 0x40000000, 0 },
+		{ 0x40000200, 0 },
+		{ 0x4fffffff, 0 },
+		{ 0x50000000, EINVAL },
+		{ 0xffffffff, EINVAL },
+		{ 0, 0 },
+	};
+	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
+	struct kvm_xen_hvm_config config = {};
+	int i, err;
+
+	for (i = 0; i < ARRAY_SIZE(msrs); i++) {
+		config.msr = msrs[i].msr;
+		err = __vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config) ? errno : 0;
+		TEST_ASSERT(err == msrs[i].err, "MSR %#x: errno %d, expected %d",
+			    config.msr, err, msrs[i].err);
+	}
+	xen_vm_free(x);
+}
+
+#define UPCALL_VECTOR		0x31
+
+/* The per-vCPU vector arrives in the vCPU's local APIC, whatever its ID. */
+static void test_upcall_vector(void)
+{
+	/* The second is what an xAPIC takes for everybody. */
+	static const uint32_t ids[] = { 2, 255 };
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	struct kvm_lapic_state apic;
+	struct kvm_vcpu *vcpu;
+	uint32_t *reg;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(ids); i++) {
+		vcpu = vm_vcpu_add(x->vm, ids[i], guest_nothing);
+		vcpu_ioctl(vcpu, KVM_GET_LAPIC, &apic);
+		reg = (void *)&apic.regs[APIC_SPIV];
+		*reg |= APIC_SPIV_APIC_ENABLED;
+		vcpu_ioctl(vcpu, KVM_SET_LAPIC, &apic);
+
+		ASSERT_EQ(set_vcpu_attr(vcpu, (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR,
+			.u.vector = UPCALL_VECTOR,
+		}), 0);
+		x->vcpus[0] = vcpu;
+		set_vcpu_info(x, 0);
+
+		clear_pages(x);
+		ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+		assert_delivered(x, 8, 0, "ioctl");
+		vcpu_ioctl(vcpu, KVM_GET_LAPIC, &apic);
+		reg = (void *)&apic.regs[APIC_IRR + UPCALL_VECTOR / 32 * 0x10];
+		TEST_ASSERT(*reg == BIT(UPCALL_VECTOR % 32),
+			    "vCPU %u: IRR %#x, expected %#lx", ids[i], *reg,
+			    BIT(UPCALL_VECTOR % 32));
+	}
+	xen_vm_free(x);
+}
+
+static int set_shared_info_hva(struct xen_vm *x, uint64_t hva)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA, .u.hva = hva,
+	});
+}
+
+static int set_vcpu_info_hva(struct xen_vm *x, uint64_t hva)
+{
+	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA, .u.hva = hva,
+	});
+}
+
+static void assert_addresses(struct xen_vm *x, uint64_t gfn, uint64_t shinfo_hva,
+			     uint64_t gpa, uint64_t vi_hva)
+{
+	struct kvm_vcpu *vcpu = x->vcpus[0];
+
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_SHARED_INFO).u.shared_info.gfn, gfn);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA).u.hva, shinfo_hva);
+	ASSERT_EQ(get_vcpu_attr(vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO).u.gpa, gpa);
+	ASSERT_EQ(get_vcpu_attr(vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA).u.hva, vi_hva);
+}
+
+/* The shared pages by their address in userspace, without a memslot. */
+static void test_hva(void)
+{
+	const uint64_t none = -1, kernel = 0xffff888000000000;
+	struct xen_vm *x;
+	uint64_t shinfo, vi, gfn, gpa;
+
+	__TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA,
+		       "no KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA");
+	x = xen_vm_create_with_vcpu_info(guest_nothing);
+	gfn = PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE;
+	gpa = PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	assert_addresses(x, gfn, none, gpa, none);
+
+	/* Anonymous memory that is in no memslot */
+	x->shared = mmap(NULL, NR_SHARED_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(x->shared != MAP_FAILED, "mmap() failed: %s", strerror(errno));
+	shinfo = (uintptr_t)shared_page(x, SHINFO_PAGE);
+	vi = (uintptr_t)vcpu_info(x, 0);
+
+	/* Bad addresses leave everything as it is. */
+	ASSERT_EQ(set_shared_info_hva(x, shinfo + 8), EINVAL);
+	ASSERT_EQ(set_shared_info_hva(x, kernel), EFAULT);
+	ASSERT_EQ(set_vcpu_info_hva(x, vi + 2), EINVAL);
+	ASSERT_EQ(set_vcpu_info_hva(x, (vi | (PAGE_SIZE - 1)) - 59), EINVAL);
+	ASSERT_EQ(set_vcpu_info_hva(x, kernel), EFAULT);
+	assert_addresses(x, gfn, none, gpa, none);
+
+	ASSERT_EQ(set_shared_info_hva(x, shinfo), 0);
+	assert_wall_clock(x, "shared_info set by address");
+	ASSERT_EQ(set_vcpu_info_hva(x, vi), 0);
+	assert_addresses(x, none, shinfo, none, vi);
+
+	clear_pages(x);
+	vm_mem_region_delete(x->vm, SHARED_SLOT);
+	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+	assert_delivered(x, 8, 0, "ioctl");
+
+	clear_pages(x);
+	make_absent(x, SHINFO_PAGE);
+	make_absent(x, VCPU_INFO_PAGE);
+	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+	assert_addresses(x, none, shinfo, none, vi);
+	assert_delivered(x, 8, 0, "ioctl");
+
+	/* Nothing to write to, until there is again */
+	mprotect(x->shared, PAGE_SIZE, PROT_READ);
+	ASSERT_EQ(send_by_ioctl(x, 9, 0), EFAULT);
+	ASSERT_EQ(set_shared_info_hva(x, shinfo), EFAULT);
+	mprotect(x->shared, PAGE_SIZE, PROT_READ | PROT_WRITE);
+	ASSERT_EQ(send_by_ioctl(x, 9, 0), 0);
+	TEST_ASSERT(port_pending(x, 9), "port 9 not pending");
+
+	ASSERT_EQ(set_shared_info_hva(x, none), 0);
+	ASSERT_EQ(set_vcpu_info_hva(x, none), 0);
+	assert_addresses(x, none, none, none, none);
+	ASSERT_EQ(send_by_ioctl(x, 10, 0), EINVAL);
+
+	munmap(x->shared, NR_SHARED_PAGES * PAGE_SIZE);
+	xen_vm_free(x);
+}
+
+static const struct test_case {
+	const char *name;
+	void (*run)(void);
+} cases[] = {
+	{ "delivery", test_delivery },
+	{ "absent_pages", test_absent_pages },
+	{ "kvm_lock", test_kvm_lock },
+	{ "port_table", test_port_table },
+	{ "retarget", test_retarget },
+	{ "poll_memslot", test_poll_memslot },
+	{ "hypercall_page", test_hypercall_page },
+	{ "mode_race", test_mode_race },
+	{ "arguments", test_arguments },
+	{ "no_vcpu_info", test_no_vcpu_info },
+	{ "poll_unmasked", test_poll_unmasked },
+	{ "timer_rearm", test_timer_rearm },
+	{ "timer_delivery", test_timer_delivery },
+	{ "timer_pvclock", test_timer_pvclock },
+	{ "wall_clock", test_wall_clock },
+	{ "alignment", test_alignment },
+	{ "msr", test_msr },
+	{ "upcall_vector", test_upcall_vector },
+	{ "hva", test_hva },
+};
+
+#define NR_PERF_EVENTS		2000
+#define PERF_PORT		8
+
+static void take_event(struct vcpu_info *vi, uint64_t *pending)
+{
+	WRITE_ONCE(vi->pending_sel, 0);
+	WRITE_ONCE(*pending, 0);
+}
+
+static void guest_perf(void)
+{
+	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + SHINFO_PENDING;
+	int i;
+
+	for (;;) {
+		for (i = 0; i < NR_PERF_EVENTS; i++) {
+			take_event(vi, pending);
+			hypercall(__HYPERVISOR_event_channel_op, EVTCHNOP_send,
+				  (uint64_t)&guest_send_port);
+		}
+		GUEST_SYNC(0);
+	}
+}
+
+static void perf_ioctl(struct xen_vm *x, uint64_t *pending, int fd)
+{
+	int i;
+
+	for (i = 0; i < NR_PERF_EVENTS; i++) {
+		take_event(vcpu_info(x, 0), pending);
+		send_by_ioctl(x, PERF_PORT, 0);
+	}
+}
+
+static void perf_irqfd(struct xen_vm *x, uint64_t *pending, int fd)
+{
+	int i;
+
+	for (i = 0; i < NR_PERF_EVENTS; i++) {
+		take_event(vcpu_info(x, 0), pending);
+		eventfd_write(fd, 1);
+	}
+}
+
+static void perf_hypercall(struct xen_vm *x, uint64_t *pending, int fd)
+{
+	run_to_sync(x->vcpus[0]);
+}
+
+/* What an event costs, by each way to send it. */
+static void measure(void)
+{
+	static const struct {
+		const char *key;
+		void (*run)(struct xen_vm *x, uint64_t *pending, int fd);
+	} ways[] = {
+		{ "ioctl", perf_ioctl },
+		{ "irqfd", perf_irqfd },
+		{ "hypercall", perf_hypercall },
+	};
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_perf);
+	uint64_t *pending = (void *)shared_page(x, SHINFO_PAGE) + SHINFO_PENDING;
+	int fd = irqfd_create(x, PERF_PORT, 0);
+	struct timespec start, elapsed;
+	int i;
+
+	ASSERT_EQ(set_send_port(x, 7, 0, PERF_PORT, 0), 0);
+	guest_send_port = 7;
+	sync_global_to_guest(x->vm, guest_send_port);
+
+	for (i = 0; i < ARRAY_SIZE(ways); i++) {
+		/* Once to get used to it */
+		ways[i].run(x, pending, fd);
+		clock_gettime(CLOCK_MONOTONIC, &start);
+		ways[i].run(x, pending, fd);
+		elapsed = timespec_elapsed(start);
+		assert_delivered(x, PERF_PORT, 0, ways[i].key);
+		pr_info("perf: %s ns %lu\n", ways[i].key,
+			(elapsed.tv_sec * 1000000000ul + elapsed.tv_nsec) / NR_PERF_EVENTS);
+	}
+
+	irqfd_destroy(x, fd);
+	xen_vm_free(x);
+}
+
+static void help(void)
+{
+	int i;
+
+	printf("usage: %s [-h] [-n races] [-p] [-t case]\n", program_invocation_short_name);
+	printf(" -n: how many times to try a race (default: %d)\n", nr_races);
+	printf(" -p: measure what an event costs, run no case\n");
+	printf(" -t: run only this case, one of:");
+	for (i = 0; i < ARRAY_SIZE(cases); i++)
+		printf(" %s", cases[i].name);
+	puts("");
+}
+
+int main(int argc, char *argv[])
+{
+	const uint32_t caps = KVM_XEN_HVM_CONFIG_SHARED_INFO |
+			      KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL |
+			      KVM_XEN_HVM_CONFIG_EVTCHN_SEND;
+	const char *only = NULL;
+	bool perf = false, found = false;
+	int opt, i;
+
+	setbuf(stdout, NULL);
+
+	while ((opt = getopt(argc, argv, "hn:pt:")) != -1) {
+		switch (opt) {
+		case 'n':
+			nr_races = atoi(optarg);
+			break;
+		case 'p':
+			perf = true;
+			break;
+		case 't':
+			only = optarg;
+			break;
+		case 'h':
+		default:
+			help();
+			exit(opt == 'h' ? 0 : 1);
+		}
+	}
+
+	TEST_REQUIRE((kvm_check_cap(KVM_CAP_XEN_HVM) & caps) == caps);
+
+	if (perf) {
+		measure();
+		return 0;
+	}
+
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		if (only && strcmp(only, cases[i].name))
+			continue;
+		found = true;
+		printf("%s\n", cases[i].name);
+		cases[i].run();
+	}
+	TEST_ASSERT(found, "no such case: %s", only);
+
+	return 0;
+}
