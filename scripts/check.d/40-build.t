@@ -5,7 +5,7 @@
 . "$(dirname "$0")/tap.sh"
 
 # Warnings of W=1 and sparse in the C files that the series touches: base and
-# patched, without line numbers.  What is new?
+# patched, without line numbers.  What is new, and not in warnings.tsv?
 new_warnings() {
 	local arch=$1 which src f o=o-$1-lint files
 	use_arch "$arch"
@@ -28,7 +28,8 @@ new_warnings() {
 		done
 		sed -nE '/: (warning|error):/s/:[0-9]+(:[0-9]+)?:/:/p' "$work/$which" | sort > "$work/$which.sorted"
 	done
-	none < <(comm -13 "$work/base.sorted" "$work/patched.sorted")
+	none < <(comm -13 "$work/base.sorted" "$work/patched.sorted" |
+		grep -vxF -f <(grep -v '^#' "$PATCHES/warnings.tsv" | cut -f 1))
 }
 
 for arch in $ARCHES; do
