@@ -29,6 +29,12 @@ bench:	## measure base and patched kernels, compare with the goals
 slow:	## the selftests that take minutes to hours under TCG
 	@scripts/slow
 
+guest:	## Linux guests under QEMU's KVM inside the patched kernel: x86-64, Xen, arm64
+	@scripts/guest
+
+soak:	## stress tests on debug kernels with random seeds, for MINUTES=n
+	@scripts/soak $(MINUTES)
+
 bisect:	## build every patch on both architectures, and record it
 	@scripts/bisect
 
@@ -38,4 +44,4 @@ deps:	## install the Debian packages that are missing
 clean:	## remove build/ (the cache of downloads stays)
 	rm -rf build
 
-.PHONY: help run check tree export debug bench slow bisect deps clean
+.PHONY: help run check tree export debug bench slow guest soak bisect deps clean

@@ -60,8 +60,24 @@ our_maintainers() {
 	return $rc
 }
 
+# As many patches at a time as there are jobs, shown in their order.
 for p in "${patches[@]}"; do
-	ok "checkpatch $(basename "$p" .patch)" checkpatch "$p"
+	while (($(jobs -rp | wc -l) >= JOBS)); do
+		wait -n
+	done
+	(
+		rc=0
+		checkpatch "$p" > "$work/${p##*/}.log" 2>&1 || rc=$?
+		say "$rc" > "$work/${p##*/}.rc"
+	) &
+done
+wait
+found() {
+	cat "$work/$1.log"
+	return "$(cat "$work/$1.rc")"
+}
+for p in "${patches[@]}"; do
+	ok "checkpatch $(basename "$p" .patch)" found "${p##*/}"
 done
 ok "every touched file has a maintainer in the kernel" maintainers
 ok "MAINTAINERS is valid and covers what the series adds" our_maintainers

@@ -38,6 +38,9 @@ skips() {
 no_verdict() {
 	LIMIT=25 turns_red verdict 'no verdict' x86_64 plain $'9999\tv\t/victim hang' && red qemu 'not done after'
 }
+no_boot() {
+	BOOT_LIMIT=1 turns_red verdict 'no verdict' x86_64 plain $'10\tv\t/victim pass' && red qemu 'did not boot within 1 s'
+}
 setting_restored() {
 	machine x86_64 plain $'10\ta\t/proc/sys/kernel/panic_on_oops=0 /victim pass' \
 		$'10\tb\t/victim pass' && not grep 'setting' "$work/out/tap"
@@ -59,6 +62,7 @@ ok "a kernel warning is red" turns_red v 'the machine died' x86_64 plain $'10\tv
 ok "a kernel panic is red" turns_red verdict 'no verdict' x86_64 plain $'10\tv\t/victim panic'
 ok "a kernel panic is red on arm64" turns_red verdict 'no verdict' arm64 plain $'10\tv\t/victim panic'
 ok "a machine without a verdict is red" no_verdict
+ok "a machine that does not boot is red" no_boot
 ok "a leak is red" turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko'
 ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
 ok "a test's settings are put back" setting_restored
