@@ -69,6 +69,7 @@
 static struct its its[NR_ITS];
 static struct lpi_tables tables;
 static void (*guest_command)(void);
+static bool stop_before_eoi;
 static struct {
 	uint32_t nr;
 	uint32_t intid;
@@ -114,6 +115,8 @@ static void guest_irq_handler(struct ex_regs *regs)
 	GUEST_ASSERT_1(intid >= LPI_BASE, intid);
 	delivered[cpu].nr++;
 	delivered[cpu].intid = intid;
+	if (READ_ONCE(stop_before_eoi))
+		GUEST_SYNC(0);
 	gic_set_eoi(intid);
 }
 
@@ -837,6 +840,35 @@ static void test_remap_pending(void)
 	destroy_vm();
 }
 
+/*
+ * An LPI is unmapped while the guest handles it.  It must not keep a list register,
+ * of which a GIC has 16 at most.
+ */
+static void test_unmap_active(void)
+{
+	int i;
+
+	create_vm();
+
+	for (i = 0; i < 17; i++) {
+		stop_before_eoi = true;
+		sync_global_to_guest(vm, stop_before_eoi);
+		make_pending(doorbell(&its[0]), DEV_A);
+		run_vcpu(vcpus[0], NULL);
+
+		run_vcpu(vcpus[1], guest_discard);
+		run_vcpu(vcpus[1], guest_mapti_a0);
+
+		stop_before_eoi = false;
+		sync_global_to_guest(vm, stop_before_eoi);
+		check_delivered("DISCARD of an active LPI, MAPTI", LPI_A0, 0);
+	}
+	check_msi("after DISCARD of active LPIs", doorbell(&its[0]), DEV_A, 0,
+		  &msis[0].result);
+
+	destroy_vm();
+}
+
 /* An LPI is unmapped with the last ITE that maps it, on whichever ITS. */
 static void test_shared_lpi(void)
 {
@@ -1213,6 +1245,7 @@ int main(int argc, char *argv[])
 	test_unmap_pending("EnableLPIs cleared, set with an LPI pending",
 			   guest_lpis_disable_enable);
 	test_remap_pending();
+	test_unmap_active();
 	test_shared_lpi();
 	test_restore_pending();
 	test_irqfd();

@@ -195,24 +195,6 @@ static void guest_toucher(uint64_t *page)
 	GUEST_SYNC(READ_ONCE(*page));
 }
 
-static uint64_t run_to_sync(struct kvm_vcpu *vcpu)
-{
-	struct ucall uc;
-
-	vcpu_run(vcpu);
-
-	switch (get_ucall(vcpu, &uc)) {
-	case UCALL_SYNC:
-		return uc.args[1];
-	case UCALL_ABORT:
-		REPORT_GUEST_ASSERT_1(uc, "value: %#lx");
-	default:
-		TEST_FAIL("vCPU %u: unexpected exit reason %s, ucall %lu",
-			  vcpu->id, exit_reason_str(vcpu->run->exit_reason),
-			  uc.cmd);
-	}
-}
-
 /* A vCPU that is being run by a thread, until it exits. */
 struct runner {
 	struct kvm_vcpu *vcpu;
@@ -386,7 +368,7 @@ static void test_vm_init(struct test_vm *t, void *guest_code)
 	sync_global_to_guest(t->vm, event_ctx);
 
 	for (i = 0; i < NR_VCPUS; i++)
-		run_to_sync(t->vcpus[i]);
+		vcpu_run_to_sync(t->vcpus[i]);
 }
 
 static void test_vm_create(struct test_vm *t, const uint32_t *vp_index,
@@ -643,7 +625,7 @@ static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 	/* Have all memory mapped that this touches, mapping it may flush. */
 	flush_at_once(t, 0, success(t, 0));
 	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
-		run_to_sync(t->vcpus[i]);
+		vcpu_run_to_sync(t->vcpus[i]);
 		before[i] = vcpu_get_stat(t->vcpus[i], "tlb_flush");
 	}
 
@@ -651,7 +633,7 @@ static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 	start_blocked(t, 0);
 
 	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
-		run_to_sync(t->vcpus[i]);
+		vcpu_run_to_sync(t->vcpus[i]);
 		after = vcpu_get_stat(t->vcpus[i], "tlb_flush");
 		TEST_ASSERT(after == before[i],
 			    "vCPU %d was flushed %lu times by a blocked hypercall, expected none",
@@ -662,7 +644,7 @@ static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 	finish(t, 0, 1);
 
 	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
-		run_to_sync(t->vcpus[i]);
+		vcpu_run_to_sync(t->vcpus[i]);
 		after = vcpu_get_stat(t->vcpus[i], "tlb_flush");
 		TEST_ASSERT((after != before[i]) == !!(flushed & BIT(i)),
 			    "vCPU %d was flushed %lu times, expected %s",
@@ -1009,7 +991,7 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 	do {
 		ns = runner_cpu_ns(r);
 		for (i = 0; i < 20; i++)
-			run_to_sync(t->vcpus[OTHER]);
+			vcpu_run_to_sync(t->vcpus[OTHER]);
 		ns = runner_cpu_ns(r) - ns;
 
 		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,

@@ -57,25 +57,6 @@ static void guest_target(void)
 		GUEST_SYNC(0);
 }
 
-static uint64_t run_to_sync(struct kvm_vcpu *vcpu)
-{
-	struct ucall uc;
-
-	vcpu_run(vcpu);
-
-	switch (get_ucall(vcpu, &uc)) {
-	case UCALL_SYNC:
-		return uc.args[1];
-	case UCALL_ABORT:
-		REPORT_GUEST_ASSERT_2(uc, "values: %#lx, %#lx");
-		break;
-	default:
-		TEST_FAIL("vCPU %u: unexpected exit reason %s, ucall %lu",
-			  vcpu->id, exit_reason_str(vcpu->run->exit_reason),
-			  uc.cmd);
-	}
-}
-
 /* vCPU 0 flushes, all vCPUs serve what they have been asked for. */
 struct flush_vm {
 	struct kvm_vm *vm;
@@ -107,7 +88,7 @@ static void flush_vm_create(struct flush_vm *f, const uint32_t *vp_index)
 	vcpu_args_set(f->vcpus[0], 2, pages_gva, flush_gva);
 
 	for (i = 0; i < NR_VCPUS; i++)
-		run_to_sync(f->vcpus[i]);
+		vcpu_run_to_sync(f->vcpus[i]);
 }
 
 static void set_targets(struct flush_vm *f, uint16_t code, uint32_t targets)
@@ -148,14 +129,14 @@ static void check_flush(struct flush_vm *f, uint64_t status, uint32_t flushed)
 	for (i = 0; i < NR_VCPUS; i++)
 		before[i] = vcpu_get_stat(f->vcpus[i], "tlb_flush");
 
-	result = run_to_sync(f->vcpus[0]);
+	result = vcpu_run_to_sync(f->vcpus[0]);
 	TEST_ASSERT(result == status,
 		    "Hypercall %#x, fast %d: result %#lx, expected %#lx",
 		    f->flush->code, f->flush->fast, result, status);
 
 	for (i = 0; i < NR_VCPUS; i++) {
 		if (i)
-			run_to_sync(f->vcpus[i]);
+			vcpu_run_to_sync(f->vcpus[i]);
 
 		after = vcpu_get_stat(f->vcpus[i], "tlb_flush");
 		if (after != before[i])
@@ -517,9 +498,9 @@ static void bench(uint64_t count)
 			flush->processor_mask = BIT(1);
 			vcpu_args_set(vcpus[0], 3, pages_gva, flush_gva, count);
 
-			run_to_sync(vcpus[0]);
+			vcpu_run_to_sync(vcpus[0]);
 			clock_gettime(CLOCK_MONOTONIC, &begin);
-			run_to_sync(vcpus[0]);
+			vcpu_run_to_sync(vcpus[0]);
 			pr_info("perf: hypercall-%#x-%s ns %ld\n",
 				flush->code, fast ? "fast" : "slow",
 				timespec_to_ns(timespec_elapsed(begin)) / count);

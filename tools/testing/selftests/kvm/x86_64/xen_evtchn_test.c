@@ -323,25 +323,6 @@ static void guest_nothing(void)
 	GUEST_DONE();
 }
 
-static uint64_t run_to_sync(struct kvm_vcpu *vcpu)
-{
-	struct ucall uc;
-
-	vcpu_run(vcpu);
-
-	switch (get_ucall(vcpu, &uc)) {
-	case UCALL_SYNC:
-		return uc.args[1];
-	case UCALL_ABORT:
-		REPORT_GUEST_ASSERT_2(uc, "values: %#lx, %#lx");
-		break;
-	default:
-		TEST_FAIL("vCPU %u: unexpected exit reason %s, ucall %lu",
-			  vcpu->id, exit_reason_str(vcpu->run->exit_reason),
-			  uc.cmd);
-	}
-}
-
 static uint64_t hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
 {
 	uint64_t ret;
@@ -437,7 +418,7 @@ static void test_delivery(void)
 		ASSERT_EQ(set_send_port(x, 7, 0, 1023, 1), 0);
 		guest_send_port = 7;
 		sync_global_to_guest(x->vm, guest_send_port);
-		ASSERT_EQ(run_to_sync(x->vcpus[0]), 0);
+		ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
 		assert_delivered(x, 1023, 1, "hypercall");
 		ASSERT_EQ(set_send_port(x, 7, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), 0);
 	}
@@ -511,7 +492,7 @@ static void uffd_resolve(int fd, void *page)
 
 static void *thread_run_to_sync(void *vcpu)
 {
-	return (void *)run_to_sync(vcpu);
+	return (void *)vcpu_run_to_sync(vcpu);
 }
 
 static pthread_t start_thread(void *(*fn)(void *), void *arg)
@@ -956,7 +937,7 @@ static int64_t make_hypercall(struct xen_vm *x, bool compat, uint64_t nr,
 			      uint64_t arg1, uint64_t arg2, uint64_t arg3)
 {
 	set_guest_hypercall(x, compat, nr, arg1, arg2, arg3);
-	return run_to_sync(x->vcpus[0]);
+	return vcpu_run_to_sync(x->vcpus[0]);
 }
 
 static void add_compat_code_segment(struct xen_vm *x)
@@ -1055,7 +1036,7 @@ static void test_arguments(void)
 
 	virt_map(x->vm, ARGS_GVA, PAGE_GPA(ARGS_PAGES), 1);
 	virt_map(x->vm, ARGS_GVA + PAGE_SIZE, PAGE_GPA(ARGS_PAGES + 2), 1);
-	run_to_sync(x->vcpus[0]);
+	vcpu_run_to_sync(x->vcpus[0]);
 	add_compat_code_segment(x);
 
 	for (mode = 0; mode < 2; mode++) {
@@ -1190,7 +1171,7 @@ static void test_timer_rearm(void)
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
 	uint64_t old;
 
-	run_to_sync(x->vcpus[0]);
+	vcpu_run_to_sync(x->vcpus[0]);
 	set_timer(x, 0);
 
 	old = guest_clock(x) + 300000000;
@@ -1222,7 +1203,7 @@ static void test_timer_delivery(void)
 	uint64_t expires;
 	int i;
 
-	run_to_sync(x->vcpus[0]);
+	vcpu_run_to_sync(x->vcpus[0]);
 
 	set_timer(x, guest_clock(x) + 1000000);
 	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
@@ -1311,7 +1292,7 @@ static void test_timer_pvclock(void)
 	uint64_t early;
 
 	set_timer(x, 0);
-	early = run_to_sync(x->vcpus[0]);
+	early = vcpu_run_to_sync(x->vcpus[0]);
 	TEST_ASSERT(!early, "timer %lu ns early by the guest's clock", early);
 	xen_vm_free(x);
 }
@@ -1633,7 +1614,7 @@ static void perf_irqfd(struct xen_vm *x, uint64_t *pending, int fd)
 
 static void perf_hypercall(struct xen_vm *x, uint64_t *pending, int fd)
 {
-	run_to_sync(x->vcpus[0]);
+	vcpu_run_to_sync(x->vcpus[0]);
 }
 
 /* What an event costs, by each way to send it. */

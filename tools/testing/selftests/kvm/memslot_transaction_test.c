@@ -1,0 +1,986 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Test KVM_SET_USER_MEMORY_REGIONS, which changes several memslots at once.
+ *
+ *  - errors: each errno that is documented, with its fail_index; nothing of
+ *    the transaction is to be seen afterwards.
+ *  - operations: create, split, merge, move, swap, replace, READONLY, delete;
+ *    the layout that a vCPU sees, and the number of grace periods.
+ *  - order: the order of the entries makes no difference; 128 of them.
+ *  - dirty: dirty bits stay with frames whose mapping and logging stay.
+ *  - smm: the second address space of x86.
+ *  - faults, with -f only: an allocation fails, each in its turn, on kernels
+ *    with FAILSLAB.  vmalloc() reports those of its own with a call trace.
+ *
+ * With -p it only measures: page faults, and 128 slots that are replaced one by
+ * one and together.
+ *
+ * What a vCPU sees is probed page by page: the value that the host put into
+ * the page, or that there is no slot, and whether the page can be written.
+ */
+#define _GNU_SOURCE /* for program_invocation_short_name */
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#include <linux/sizes.h>
+
+#include <test_util.h>
+#include <kvm_util.h>
+#include <processor.h>
+
+/* Arbitrarily chosen, above what the library uses for itself. */
+#define TEST_GPA		SZ_1G
+#define TEST_SLOT		100
+#define NR_PAGES		16
+#define MAX_REGIONS		128
+
+/* What -p measures with. */
+#define PERF_GPA		(TEST_GPA + SZ_16M)
+#define PERF_PAGE_SIZE		4096
+#define NR_PERF_PAGES		4096
+
+/* What a probe finds where there is no slot. */
+#define NO_SLOT			0xdeadull
+
+#define GRACE_PERIODS		"memslot_grace_periods"
+
+struct page_state {
+	uint64_t value;
+	bool writable;
+};
+
+struct regions {
+	struct kvm_userspace_memory_regions header;
+	struct kvm_userspace_memory_region entries[MAX_REGIONS + 1];
+};
+
+static struct kvm_vm *vm;
+static struct kvm_vcpu *vcpu;
+static size_t page_size;
+/* Twice as much as the guest sees, for slots to change their backing. */
+static void *mem;
+
+/* Written by the host, read by the guest. */
+static uint64_t probe_gpa;
+static uint64_t nr_touch_pages;
+
+static void guest_code(void)
+{
+	uint64_t *p, value;
+
+	uint64_t i;
+
+	for (;;) {
+		p = (uint64_t *)READ_ONCE(probe_gpa);
+		for (i = 0; i < READ_ONCE(nr_touch_pages); i++)
+			WRITE_ONCE(p[i * PERF_PAGE_SIZE / sizeof(*p)], i);
+		value = READ_ONCE(*p);
+		WRITE_ONCE(*p, value);
+		GUEST_SYNC(value);
+	}
+}
+
+static struct page_state probe(uint64_t gpa)
+{
+	struct page_state state = { .writable = true };
+	struct kvm_run *run = vcpu->run;
+	struct ucall uc;
+
+	probe_gpa = gpa;
+	sync_global_to_guest(vm, probe_gpa);
+
+	for (;;) {
+		vcpu_run(vcpu);
+		switch (get_ucall(vcpu, &uc)) {
+		case UCALL_SYNC:
+			state.value = uc.args[1];
+			return state;
+		case UCALL_NONE:
+			break;
+		default:
+			TEST_FAIL("unexpected ucall %lu", uc.cmd);
+		}
+
+		TEST_ASSERT(run->exit_reason == KVM_EXIT_MMIO,
+			    "expected exit reason %s, got %s",
+			    exit_reason_str(KVM_EXIT_MMIO),
+			    exit_reason_str(run->exit_reason));
+		TEST_ASSERT(run->mmio.phys_addr == gpa,
+			    "expected MMIO at %#lx, got %#llx", gpa, run->mmio.phys_addr);
+		if (run->mmio.is_write)
+			state.writable = false;
+		else
+			*(uint64_t *)run->mmio.data = NO_SLOT;
+	}
+}
+
+static void probe_all(struct page_state *state)
+{
+	int i;
+
+	for (i = 0; i < NR_PAGES; i++)
+		state[i] = probe(TEST_GPA + i * page_size);
+}
+
+static void *hva(int page)
+{
+	return mem + page * page_size;
+}
+
+/* The value of a page of @mem, other than NO_SLOT. */
+static uint64_t value_of(int page)
+{
+	return 0x1000 + page;
+}
+
+/* Pages @first to @first + @n - 1 are those of @mem from @page on. */
+static void expect(struct page_state *state, int first, int n, int page, bool writable)
+{
+	int i;
+
+	for (i = 0; i < n; i++)
+		state[first + i] = (struct page_state){ value_of(page + i), writable };
+}
+
+static void expect_hole(struct page_state *state, int first, int n)
+{
+	int i;
+
+	for (i = 0; i < n; i++)
+		state[first + i] = (struct page_state){ NO_SLOT, false };
+}
+
+static void assert_layout(const char *what, struct page_state *expected)
+{
+	struct page_state state[NR_PAGES];
+	int i;
+
+	probe_all(state);
+	for (i = 0; i < NR_PAGES; i++) {
+		TEST_ASSERT(state[i].value == expected[i].value,
+			    "%s: page %d: expected value %#lx, got %#lx",
+			    what, i, expected[i].value, state[i].value);
+		TEST_ASSERT(state[i].writable == expected[i].writable,
+			    "%s: page %d: expected %swritable, got %swritable", what, i,
+			    expected[i].writable ? "" : "not ",
+			    state[i].writable ? "" : "not ");
+	}
+}
+
+/* Slot TEST_SLOT + @slot at page @first of the guest, backed from @page on. */
+static struct kvm_userspace_memory_region region(int slot, int first, int n, int page,
+						 uint32_t flags)
+{
+	return (struct kvm_userspace_memory_region) {
+		.slot = TEST_SLOT + slot,
+		.flags = flags,
+		.guest_phys_addr = TEST_GPA + first * page_size,
+		.memory_size = n * page_size,
+		.userspace_addr = (uintptr_t)hva(page),
+	};
+}
+
+static struct kvm_userspace_memory_region no_region(int slot)
+{
+	return (struct kvm_userspace_memory_region) { .slot = TEST_SLOT + slot };
+}
+
+static struct regions *new_regions(int n, struct kvm_userspace_memory_region *entries)
+{
+	struct regions *r = calloc(1, sizeof(*r));
+
+	TEST_ASSERT(r, "calloc() failed");
+	r->header.nent = n;
+	memcpy(r->entries, entries, n * sizeof(*entries));
+	return r;
+}
+
+#define regions(...) ({								\
+	struct kvm_userspace_memory_region e[] = { __VA_ARGS__ };		\
+										\
+	new_regions(ARRAY_SIZE(e), e);						\
+})
+
+static int __set_regions(struct regions *r)
+{
+	return __vm_ioctl(vm, KVM_SET_USER_MEMORY_REGIONS, &r->header);
+}
+
+static void __set_regions_ok(const char *what, struct regions *r, uint64_t grace_periods)
+{
+	uint64_t before = vm_get_stat(vm, GRACE_PERIODS), n;
+	int ret = __set_regions(r);
+
+	TEST_ASSERT(!ret, "%s: expected success, got errno %d (%s), fail_index %u",
+		    what, errno, strerror(errno), r->header.fail_index);
+
+	n = vm_get_stat(vm, GRACE_PERIODS) - before;
+	TEST_ASSERT(n == grace_periods, "%s: expected %lu grace periods, got %lu",
+		    what, grace_periods, n);
+	pr_debug("%s: %lu grace periods\n", what, n);
+}
+
+/* Set regions that are freed, expect success after so many grace periods. */
+static void set_regions(const char *what, struct regions *r, uint64_t grace_periods)
+{
+	__set_regions_ok(what, r, grace_periods);
+	free(r);
+}
+
+static void set_region(struct kvm_userspace_memory_region r, uint64_t grace_periods)
+{
+	uint64_t before = vm_get_stat(vm, GRACE_PERIODS), n;
+
+	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
+	n = vm_get_stat(vm, GRACE_PERIODS) - before;
+	TEST_ASSERT(n == grace_periods, "slot %u alone: expected %lu grace periods, got %lu",
+		    r.slot, grace_periods, n);
+}
+
+/* Delete what a test left. */
+static void clean(int first, int n)
+{
+	int i;
+
+	for (i = first; i < first + n; i++) {
+		struct kvm_userspace_memory_region r = no_region(i);
+
+		__vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
+	}
+}
+
+/*
+ * errors
+ */
+
+struct error_case {
+	const char *what;
+	int error;
+	int fail_index;
+	struct regions *regions;
+};
+
+static void check_error(struct error_case c, struct page_state *layout)
+{
+	uint64_t before = vm_get_stat(vm, GRACE_PERIODS), n;
+	int ret;
+
+	c.regions->header.fail_index = 0xffff;
+	ret = __set_regions(c.regions);
+	TEST_ASSERT(ret == -1 && errno == c.error, "%s: expected errno %d (%s), got %d (%s)",
+		    c.what, c.error, strerror(c.error), ret ? errno : 0,
+		    ret ? strerror(errno) : "success");
+	TEST_ASSERT(c.regions->header.fail_index == c.fail_index,
+		    "%s: expected fail_index %d, got %u",
+		    c.what, c.fail_index, c.regions->header.fail_index);
+
+	n = vm_get_stat(vm, GRACE_PERIODS) - before;
+	TEST_ASSERT(!n, "%s: expected to be refused without a grace period, got %lu", c.what, n);
+
+	assert_layout(c.what, layout);
+	free(c.regions);
+}
+
+static struct regions *with(struct regions *r, int i, uint32_t flags, uint64_t gpa,
+			    uint64_t size, uint64_t addr)
+{
+	r->entries[i].flags |= flags;
+	r->entries[i].guest_phys_addr += gpa;
+	r->entries[i].memory_size += size;
+	r->entries[i].userspace_addr += addr;
+	return r;
+}
+
+static struct regions *with_header(struct regions *r, uint32_t flags, uint32_t as_id,
+				   uint32_t nent)
+{
+	r->header.flags = flags;
+	r->header.as_id = as_id;
+	r->header.nent = nent;
+	return r;
+}
+
+static struct regions *with_slot(struct regions *r, int i, uint32_t slot)
+{
+	r->entries[i].slot = slot;
+	return r;
+}
+
+static void test_errors(void)
+{
+	/* What would be done but for the error in another entry. */
+	struct kvm_userspace_memory_region shrink_0 = region(0, 0, 2, 0, 0);
+	struct kvm_userspace_memory_region move_1 = region(1, 12, 4, 4, 0);
+	struct kvm_userspace_memory_region create_2 = region(2, 10, 2, 10, 0);
+	struct kvm_userspace_memory_region delete_0 = no_region(0);
+	struct page_state layout[NR_PAGES];
+	struct regions *r;
+	uint32_t nr_slots;
+	void *last_page;
+	int ret;
+
+	nr_slots = kvm_check_cap(KVM_CAP_NR_MEMSLOTS);
+
+	/* Slots 0 and 1, side by side, and a hole. */
+	set_regions("errors", regions(region(0, 0, 4, 0, 0), region(1, 4, 4, 4, 0)), 1);
+	expect(layout, 0, 8, 0, true);
+	expect_hole(layout, 8, NR_PAGES - 8);
+	assert_layout("errors", layout);
+
+	struct error_case cases[] = {
+		{ "unknown flag", EINVAL, 2,
+		  with_header(regions(shrink_0, move_1), 1, 0, 2) },
+		{ "address space that is none", EINVAL, 2,
+		  with_header(regions(shrink_0, move_1), 0, 2, 2) },
+		{ "no entries", EINVAL, 0,
+		  with_header(regions(shrink_0), 0, 0, 0) },
+		{ "too many entries", E2BIG, MAX_REGIONS + 1,
+		  with_header(regions(shrink_0), 0, 0, MAX_REGIONS + 1) },
+		{ "unknown flag of an entry", EINVAL, 1,
+		  with(regions(shrink_0, move_1), 1, 1u << 15, 0, 0, 0) },
+		{ "internal slot", EINVAL, 1,
+		  with_slot(regions(shrink_0, create_2), 1, nr_slots) },
+		{ "slot with address space", EINVAL, 1,
+		  with_slot(regions(shrink_0, create_2), 1, 1u << 16 | TEST_SLOT) },
+		{ "slot twice", EINVAL, 2,
+		  regions(shrink_0, move_1, shrink_0) },
+		{ "slot twice, deleted and created", EINVAL, 1,
+		  regions(delete_0, shrink_0) },
+		{ "deleted slot that is none", EINVAL, 1,
+		  regions(shrink_0, no_region(2)) },
+		{ "size not of whole pages", EINVAL, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 0, 8, 0) },
+		{ "gpa within a page", EINVAL, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 8, 0, 0) },
+		{ "hva within a page", EINVAL, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 0, 0, 8) },
+		{ "hva that is not the user's", EINVAL, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 0, 0, 1ull << 63) },
+		{ "gpa that wraps", EINVAL, 0,
+		  with(regions(create_2, shrink_0), 0, 0, -TEST_GPA - 11 * page_size, 0, 0) },
+		{ "too many pages", EINVAL, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 0, (1ull << 31) * page_size,
+		       SZ_1G - (uintptr_t)hva(10)) },
+#ifdef __x86_64__
+		{ "gpa that is out of reach", EINVAL, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 1ull << 52, 0, 0) },
+#else
+		{ "gpa that is out of reach", EFAULT, 1,
+		  with(regions(shrink_0, create_2), 1, 0, 1ull << 52, 0, 0) },
+#endif
+		{ "overlap with a slot that stays", EEXIST, 1,
+		  regions(create_2, region(0, 0, 5, 0, 0)) },
+		{ "overlap with a slot that stays, unchanged entry", EEXIST, 0,
+		  regions(region(0, 0, 5, 0, 0), region(1, 4, 4, 4, 0)) },
+		{ "overlap with a slot that gets other flags", EEXIST, 0,
+		  regions(region(0, 0, 5, 0, 0), region(1, 4, 4, 4, KVM_MEM_LOG_DIRTY_PAGES)) },
+		{ "overlap of two new slots", EEXIST, 2,
+		  regions(shrink_0, create_2, region(3, 11, 1, 0, 0)) },
+		{ "overlap with where a slot moves to", EEXIST, 1,
+		  regions(move_1, region(2, 15, 1, 0, 0)) },
+		{ "overlap of slots that begin alike", EEXIST, 1,
+		  regions(region(2, 8, 1, 8, 0), region(3, 8, 2, 8, 0)) },
+	};
+
+	for (int i = 0; i < ARRAY_SIZE(cases); i++)
+		check_error(cases[i], layout);
+
+	/* The header cannot be read, then the entries cannot. */
+	ret = __vm_ioctl(vm, KVM_SET_USER_MEMORY_REGIONS,
+			 (struct kvm_userspace_memory_regions *)0);
+	TEST_ASSERT(ret == -1 && errno == EFAULT, "no header: expected errno %d, got %d",
+		    EFAULT, ret ? errno : 0);
+
+	last_page = mmap(NULL, 2 * page_size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(last_page != MAP_FAILED, "mmap() failed: %d", errno);
+	munmap(last_page + page_size, page_size);
+	r = last_page + page_size - sizeof(r->header);
+	r->header = (struct kvm_userspace_memory_regions) { .nent = 1, .fail_index = 7 };
+	ret = __set_regions(r);
+	TEST_ASSERT(ret == -1 && errno == EFAULT, "no entries: expected errno %d, got %d",
+		    EFAULT, ret ? errno : 0);
+	TEST_ASSERT(r->header.fail_index == 1, "no entries: expected fail_index 1, got %u",
+		    r->header.fail_index);
+	munmap(last_page, page_size);
+	assert_layout("faults of the arguments", layout);
+
+	clean(0, 4);
+}
+
+/*
+ * operations
+ */
+
+static void test_operations(void)
+{
+	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES, ro = KVM_MEM_READONLY;
+	struct page_state layout[NR_PAGES];
+
+	expect_hole(layout, 0, NR_PAGES);
+
+	set_regions("create", regions(region(0, 0, 8, 0, 0)), 1);
+	expect(layout, 0, 8, 0, true);
+	assert_layout("create", layout);
+
+	set_regions("nothing to change", regions(region(0, 0, 8, 0, 0)), 0);
+	assert_layout("nothing to change", layout);
+
+	set_regions("split", regions(region(0, 0, 3, 0, 0), region(1, 3, 5, 3, 0)), 2);
+	assert_layout("split", layout);
+
+	set_regions("flags", regions(region(0, 0, 3, 0, log), region(1, 3, 5, 3, log)), 1);
+	assert_layout("flags", layout);
+
+	set_regions("merge", regions(no_region(1), region(0, 0, 8, 0, 0)), 2);
+	assert_layout("merge", layout);
+
+	set_regions("grow", regions(region(0, 0, 10, 0, 0)), 2);
+	expect(layout, 0, 10, 0, true);
+	assert_layout("grow", layout);
+
+	set_regions("other backing", regions(region(0, 0, 10, NR_PAGES, 0)), 2);
+	expect(layout, 0, 10, NR_PAGES, true);
+	assert_layout("other backing", layout);
+
+	set_regions("punch a hole", regions(region(0, 0, 4, 0, 0), region(1, 6, 4, 6, 0)), 2);
+	expect(layout, 0, 4, 0, true);
+	expect_hole(layout, 4, 2);
+	expect(layout, 6, 4, 6, true);
+	assert_layout("punch a hole", layout);
+
+	set_regions("swap", regions(region(0, 6, 4, 0, 0), region(1, 0, 4, 6, 0)), 2);
+	expect(layout, 6, 4, 0, true);
+	expect(layout, 0, 4, 6, true);
+	assert_layout("swap", layout);
+
+	set_regions("move onto each other",
+		    regions(region(0, 4, 4, 0, 0), region(1, 8, 4, 6, 0)), 2);
+	expect_hole(layout, 0, 4);
+	expect(layout, 4, 4, 0, true);
+	expect(layout, 8, 4, 6, true);
+	assert_layout("move onto each other", layout);
+
+	set_regions("all kinds at once",
+		    regions(no_region(0), region(2, 0, 2, 2, log), region(1, 4, 4, 6, log),
+			    region(3, 8, 4, 8, 0)), 2);
+	expect(layout, 0, 2, 2, true);
+	expect_hole(layout, 2, 2);
+	expect(layout, 4, 4, 6, true);
+	expect(layout, 8, 4, 8, true);
+	assert_layout("all kinds at once", layout);
+
+	if (kvm_has_cap(KVM_CAP_READONLY_MEM)) {
+		set_regions("readonly", regions(region(2, 0, 2, 2, ro), region(3, 8, 4, 8, ro)), 2);
+		expect(layout, 0, 2, 2, false);
+		expect(layout, 8, 4, 8, false);
+		assert_layout("readonly", layout);
+
+		set_regions("writable", regions(region(2, 0, 2, 2, 0), region(3, 8, 4, 8, 0)), 2);
+		expect(layout, 0, 2, 2, true);
+		expect(layout, 8, 4, 8, true);
+		assert_layout("writable", layout);
+	}
+
+	set_regions("delete", regions(no_region(1), no_region(2), no_region(3)), 2);
+	expect_hole(layout, 0, NR_PAGES);
+	assert_layout("delete", layout);
+
+	/* A slot alone is a transaction too. */
+	set_region(region(0, 0, 4, 0, 0), 1);
+	set_region(region(0, 0, 4, 0, log), 1);
+	set_region(region(0, 4, 4, 0, log), 2);
+	expect(layout, 4, 4, 0, true);
+	assert_layout("a slot alone", layout);
+	set_region(no_region(0), 2);
+	expect_hole(layout, 0, NR_PAGES);
+	assert_layout("a slot alone, deleted", layout);
+}
+
+/*
+ * order
+ */
+
+static void shuffle(struct kvm_userspace_memory_region *entries, int n)
+{
+	int i, j;
+
+	for (i = n - 1; i > 0; i--) {
+		struct kvm_userspace_memory_region e = entries[i];
+
+		j = random() % (i + 1);
+		entries[i] = entries[j];
+		entries[j] = e;
+	}
+}
+
+/* Slots of a page each: @order[i] is where slot i is. */
+static void set_single_pages(const char *what, int *order, int nr_moved)
+{
+	struct kvm_userspace_memory_region entries[MAX_REGIONS];
+	int i;
+
+	for (i = 0; i < MAX_REGIONS; i++)
+		entries[i] = region(i, order[i], 1, i % (2 * NR_PAGES), 0);
+	shuffle(entries, MAX_REGIONS);
+	set_regions(what, new_regions(MAX_REGIONS, entries), nr_moved ? 2 : 1);
+}
+
+static void assert_single_pages(const char *what, int *order)
+{
+	struct page_state layout[NR_PAGES];
+	int i;
+
+	expect_hole(layout, 0, NR_PAGES);
+	for (i = 0; i < MAX_REGIONS; i++) {
+		if (order[i] < NR_PAGES)
+			expect(layout, order[i], 1, i % (2 * NR_PAGES), true);
+	}
+	assert_layout(what, layout);
+}
+
+static void test_order(int rounds)
+{
+	struct kvm_userspace_memory_region entries[MAX_REGIONS];
+	int order[MAX_REGIONS], i, j, tmp, nr_moved, round;
+
+	for (i = 0; i < MAX_REGIONS; i++)
+		order[i] = i;
+	set_single_pages("128 slots", order, 0);
+	assert_single_pages("128 slots", order);
+
+	for (round = 0; round < rounds; round++) {
+		nr_moved = 0;
+		for (i = MAX_REGIONS - 1; i > 0; i--) {
+			j = random() % (i + 1);
+			nr_moved += i != j;
+			tmp = order[i];
+			order[i] = order[j];
+			order[j] = tmp;
+		}
+		set_single_pages("128 slots in other places", order, nr_moved);
+		assert_single_pages("128 slots in other places", order);
+	}
+
+	for (i = 0; i < MAX_REGIONS; i++)
+		entries[i] = no_region(i);
+	shuffle(entries, MAX_REGIONS);
+	set_regions("128 slots deleted", new_regions(MAX_REGIONS, entries), 2);
+}
+
+/*
+ * dirty
+ */
+
+static unsigned long dirty_log(int slot)
+{
+	unsigned long bitmap[2] = {};
+
+	kvm_vm_get_dirty_log(vm, TEST_SLOT + slot, bitmap);
+	return bitmap[0];
+}
+
+static void assert_dirty(const char *what, int slot, unsigned long expected)
+{
+	unsigned long bitmap = dirty_log(slot);
+
+	TEST_ASSERT(bitmap == expected, "%s: slot %d: expected dirty pages %#lx, got %#lx",
+		    what, slot, expected, bitmap);
+}
+
+/* Write, as a probe does, to the pages of the guest that are set in @mask. */
+static void dirty_pages(unsigned long mask)
+{
+	int i;
+
+	for (i = 0; i < NR_PAGES; i++) {
+		if (mask & (1ul << i))
+			probe(TEST_GPA + i * page_size);
+	}
+}
+
+static void test_dirty(void)
+{
+	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
+
+	set_regions("dirty", regions(region(0, 0, 8, 0, log)), 1);
+	dirty_pages(0xa5);
+	set_regions("split", regions(region(0, 0, 3, 0, log), region(1, 3, 5, 3, log)), 2);
+	assert_dirty("split", 0, 0x5);
+	assert_dirty("split", 1, 0xa5 >> 3);
+	assert_dirty("split, read again", 0, 0);
+	assert_dirty("split, read again", 1, 0);
+
+	/* Logging goes on where it was. */
+	dirty_pages(0x88);
+	assert_dirty("write after the split", 0, 0);
+	assert_dirty("write after the split", 1, 0x88 >> 3);
+
+	dirty_pages(0x42);
+	set_regions("merge", regions(no_region(1), region(0, 0, 8, 0, log)), 2);
+	assert_dirty("merge", 0, 0x42);
+
+	/* Not those of pages that get another backing, nor without logging. */
+	dirty_pages(0xff);
+	set_regions("other backing",
+		    regions(region(0, 0, 4, 0, log), region(1, 4, 4, NR_PAGES + 4, log)), 2);
+	assert_dirty("other backing", 0, 0xf);
+	assert_dirty("other backing", 1, 0);
+
+	dirty_pages(0xff);
+	set_regions("no logging for a while", regions(region(1, 4, 4, NR_PAGES + 4, 0)), 1);
+	set_regions("no logging for a while", regions(region(1, 4, 4, NR_PAGES + 4, log)), 1);
+	assert_dirty("no logging for a while", 0, 0xf);
+	assert_dirty("no logging for a while", 1, 0);
+
+	/* A slot that moves keeps its own. */
+	dirty_pages(0x30);
+	set_regions("move", regions(region(1, 8, 4, NR_PAGES + 4, log)), 2);
+	assert_dirty("move", 1, 0x3);
+
+	/* The id of a slot means nothing, gfn and hva do. */
+	dirty_pages(0x6);
+	set_regions("other ids", regions(no_region(0), no_region(1), region(2, 0, 4, 0, log)), 2);
+	assert_dirty("other ids", 2, 0x6);
+
+	clean(0, 3);
+}
+
+/* As above, with bitmaps that start with all bits set. */
+static void test_dirty_initially_set(void)
+{
+	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
+	unsigned long all = 0xff;
+
+	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+		      KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
+
+	set_regions("initially set", regions(region(0, 0, 8, 0, log)), 1);
+	assert_dirty("initially set", 0, 0xff);
+	kvm_vm_clear_dirty_log(vm, TEST_SLOT, &all, 0, 8);
+	assert_dirty("cleared", 0, 0);
+
+	dirty_pages(0x81);
+	set_regions("split", regions(region(0, 0, 4, 0, log), region(1, 4, 6, 4, log)), 2);
+	assert_dirty("split", 0, 0x1);
+	/* The last two pages are new. */
+	assert_dirty("split", 1, 0x38);
+
+	clean(0, 2);
+	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0);
+}
+
+#ifdef __x86_64__
+static void assert_logging(const char *what, int as_id, int slot, int error)
+{
+	struct kvm_dirty_log log = { .slot = as_id << 16 | (TEST_SLOT + slot) };
+	unsigned long bitmap[2] = {};
+	int ret;
+
+	log.dirty_bitmap = bitmap;
+	ret = __vm_ioctl(vm, KVM_GET_DIRTY_LOG, &log);
+	TEST_ASSERT((ret ? errno : 0) == error,
+		    "%s: slot %d of space %d: expected errno %d, got %d",
+		    what, slot, as_id, error, ret ? errno : 0);
+}
+
+static void test_smm(void)
+{
+	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
+	struct page_state layout[NR_PAGES];
+	struct error_case overlap = { "overlap in SMM", EEXIST, 0 };
+
+	if (kvm_check_cap(KVM_CAP_MULTI_ADDRESS_SPACE) < 2) {
+		print_skip("no second address space");
+		return;
+	}
+
+	set_regions("smm", regions(region(0, 0, 4, 0, 0)), 1);
+	expect(layout, 0, 4, 0, true);
+	expect_hole(layout, 4, NR_PAGES - 4);
+
+	/* The same ids and gfns, in another space. */
+	set_regions("create in SMM",
+		    with_header(regions(region(0, 0, 4, 4, log), region(1, 4, 4, 8, log)), 0, 1, 2),
+		    1);
+	assert_logging("create in SMM", 0, 0, ENOENT);
+	assert_logging("create in SMM", 1, 0, 0);
+	assert_logging("create in SMM", 1, 1, 0);
+	assert_layout("create in SMM", layout);
+
+	overlap.regions = with_header(regions(region(0, 0, 5, 4, log)), 0, 1, 1);
+	check_error(overlap, layout);
+
+	set_regions("merge in SMM",
+		    with_header(regions(region(0, 0, 8, 4, log), no_region(1)), 0, 1, 2), 2);
+	assert_logging("merge in SMM", 1, 0, 0);
+	assert_logging("merge in SMM", 1, 1, ENOENT);
+	assert_layout("merge in SMM", layout);
+
+	set_regions("delete in SMM", with_header(regions(no_region(0)), 0, 1, 1), 2);
+	assert_logging("delete in SMM", 1, 0, ENOENT);
+	assert_layout("delete in SMM", layout);
+
+	clean(0, 1);
+}
+#endif
+
+/*
+ * faults
+ */
+
+static bool write_string(const char *path, const char *s)
+{
+	int fd = open(path, O_WRONLY);
+	bool ok;
+
+	if (fd < 0)
+		return false;
+	ok = write(fd, s, strlen(s)) == strlen(s);
+	close(fd);
+	return ok;
+}
+
+/* Let the nth allocation of this thread fail; returns whether it came to it. */
+static bool fail_nth(int n, struct regions *r, int *error)
+{
+	int fd = open("/proc/thread-self/fail-nth", O_RDWR), ret;
+	char buf[16] = {};
+
+	TEST_ASSERT(fd >= 0, "fail-nth: %d", errno);
+	snprintf(buf, sizeof(buf), "%d", n);
+	TEST_ASSERT(write(fd, buf, strlen(buf)) > 0, "fail-nth: %d", errno);
+	ret = __set_regions(r);
+	*error = ret ? errno : 0;
+	TEST_ASSERT(pread(fd, buf, sizeof(buf) - 1, 0) > 0, "fail-nth: %d", errno);
+	/* Reads as what is left of n, unless it came to the failure. */
+	ret = atoi(buf);
+	TEST_ASSERT(write(fd, "0", 1) == 1, "fail-nth: %d", errno);
+	close(fd);
+	return !ret;
+}
+
+static void test_faults(void)
+{
+	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
+	struct page_state layout[NR_PAGES];
+	int n, error, nr_failed = 0;
+	struct regions *r;
+	bool failed;
+
+	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", R_OK | W_OK) &&
+		       write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
+		       "no FAILSLAB, which -f needs");
+	write_string("/sys/kernel/debug/failslab/verbose", "0");
+
+	expect(layout, 0, 10, 0, true);
+	expect_hole(layout, 10, NR_PAGES - 10);
+
+	/* Replace, delete, move, flags, create. */
+	r = regions(region(0, 0, 6, 0, log), no_region(1), region(2, 14, 2, 8, 0),
+		    region(3, 10, 1, 10, log), region(4, 6, 4, 12, 0));
+	for (n = 1, failed = true; failed; n++) {
+		clean(0, 5);
+		set_regions("faults", regions(region(0, 0, 4, 0, log), region(1, 4, 4, 4, log),
+					      region(2, 8, 2, 8, log), region(3, 10, 1, 10, 0)), 1);
+		expect(layout, 10, 1, 10, true);
+		dirty_pages(0x81);
+
+		failed = fail_nth(n, r, &error);
+		/* Some allocations may fail without harm, as another can be made. */
+		if (!error)
+			continue;
+
+		nr_failed++;
+		TEST_ASSERT(failed && error == ENOMEM,
+			    "allocation %d: expected errno %d, got %d", n, ENOMEM, error);
+		TEST_ASSERT(r->header.fail_index <= r->header.nent,
+			    "allocation %d: fail_index %u of %u",
+			    n, r->header.fail_index, r->header.nent);
+		assert_dirty("faults", 0, 0x1);
+		assert_dirty("faults", 1, 0x8);
+		assert_layout("faults", layout);
+	}
+	write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "Y");
+	pr_info("%d allocations failed\n", nr_failed);
+	TEST_ASSERT(nr_failed >= 10, "expected 10 or more allocations to fail, got %d", nr_failed);
+
+	assert_dirty("no faults", 0, 0x1);
+	expect(layout, 0, 6, 0, true);
+	expect(layout, 6, 4, 12, true);
+	expect(layout, 10, 1, 10, true);
+	expect_hole(layout, 11, 3);
+	expect(layout, 14, 2, 8, true);
+	assert_layout("no faults", layout);
+
+	free(r);
+	clean(0, 5);
+}
+
+/*
+ * figures
+ */
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000ull + t.tv_nsec;
+}
+
+/* Faults on pages that are resident, after all mappings were dropped. */
+static void measure_page_faults(void)
+{
+	const size_t size = NR_PERF_PAGES * PERF_PAGE_SIZE;
+	uint64_t best = UINT64_MAX, start;
+	struct ucall uc;
+	void *pages;
+	int i;
+
+	pages = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(pages != MAP_FAILED, "mmap() failed: %d", errno);
+	madvise(pages, size, MADV_NOHUGEPAGE);
+	memset(pages, 1, size);
+	virt_map(vm, PERF_GPA, PERF_GPA, size / vm->page_size);
+
+	probe_gpa = PERF_GPA;
+	sync_global_to_guest(vm, probe_gpa);
+	nr_touch_pages = NR_PERF_PAGES;
+	sync_global_to_guest(vm, nr_touch_pages);
+
+	for (i = 0; i < 3; i++) {
+		vm_set_user_memory_region(vm, TEST_SLOT, 0, PERF_GPA, size, pages);
+		start = now_ns();
+		vcpu_run(vcpu);
+		best = min(best, now_ns() - start);
+		TEST_ASSERT(get_ucall(vcpu, &uc) == UCALL_SYNC, "expected ucall %d, got %lu",
+			    UCALL_SYNC, uc.cmd);
+		vm_set_user_memory_region(vm, TEST_SLOT, 0, PERF_GPA, 0, NULL);
+	}
+
+	nr_touch_pages = 0;
+	sync_global_to_guest(vm, nr_touch_pages);
+	munmap(pages, size);
+	printf("perf: page_fault ns %lu\n", best / NR_PERF_PAGES);
+}
+
+/* Give 128 slots other memory, in the best way that the kernel has. */
+static void measure_transactions(void)
+{
+	struct kvm_userspace_memory_region entries[MAX_REGIONS], r;
+	uint64_t start, single, best;
+	struct regions *regions;
+	int i;
+
+	for (i = 0; i < MAX_REGIONS; i++) {
+		entries[i] = region(i, i, 1, 0, 0);
+		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &entries[i]);
+		entries[i] = region(i, i, 1, 1, 0);
+	}
+
+	start = now_ns();
+	for (i = 0; i < MAX_REGIONS; i++) {
+		r = no_region(i);
+		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
+		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &entries[i]);
+	}
+	single = now_ns() - start;
+	best = single;
+
+	if (kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS)) {
+		for (i = 0; i < MAX_REGIONS; i++)
+			entries[i] = region(i, i, 1, 2, 0);
+		regions = new_regions(MAX_REGIONS, entries);
+		start = now_ns();
+		TEST_ASSERT(!__set_regions(regions), "replace: errno %d", errno);
+		best = now_ns() - start;
+		free(regions);
+	}
+	printf("perf: replace_128_slots_one_by_one ns %lu\n", single);
+	printf("perf: replace_128_slots ns %lu\n", best);
+	clean(0, MAX_REGIONS);
+}
+
+static void help(const char *name)
+{
+	printf("usage: %s [-h] [-f] [-p] [-r rounds] [-s seed]\n", name);
+	printf(" -f: let allocations fail, too; needs FAILSLAB\n");
+	printf(" -p: measure, do not test\n");
+	printf(" -r: how often 128 slots change places, default 5\n");
+	printf(" -s: the seed of the order of entries, default the time\n");
+	exit(0);
+}
+
+int main(int argc, char *argv[])
+{
+	unsigned int seed = time(NULL);
+	int rounds = 5, opt, i;
+	bool faults = false, perf = false;
+
+	setbuf(stdout, NULL);
+	while ((opt = getopt(argc, argv, "fhpr:s:")) != -1) {
+		switch (opt) {
+		case 'f':
+			faults = true;
+			break;
+		case 'p':
+			perf = true;
+			break;
+		case 'r':
+			rounds = atoi(optarg);
+			break;
+		case 's':
+			seed = strtoul(optarg, NULL, 0);
+			break;
+		default:
+			help(argv[0]);
+		}
+	}
+
+	if (!perf) {
+		TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
+		TEST_ASSERT(kvm_check_cap(KVM_CAP_USER_MEMORY_REGIONS) == MAX_REGIONS,
+			    "expected a capability of %d regions, got %u",
+			    MAX_REGIONS, kvm_check_cap(KVM_CAP_USER_MEMORY_REGIONS));
+		pr_info("seed %u\n", seed);
+	}
+	srandom(seed);
+
+	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	ucall_init(vm, NULL);
+	page_size = getpagesize();
+	mem = mmap(NULL, 2 * NR_PAGES * page_size, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap() failed: %d", errno);
+	for (i = 0; i < 2 * NR_PAGES; i++)
+		*(uint64_t *)hva(i) = value_of(i);
+	virt_map(vm, TEST_GPA, TEST_GPA, NR_PAGES * page_size / vm->page_size);
+
+	if (perf) {
+		measure_page_faults();
+		measure_transactions();
+		kvm_vm_free(vm);
+		return 0;
+	}
+
+	test_errors();
+	test_operations();
+	test_order(rounds);
+	test_dirty();
+	if (kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
+		test_dirty_initially_set();
+#ifdef __x86_64__
+	test_smm();
+#endif
+	if (faults)
+		test_faults();
+
+	kvm_vm_free(vm);
+	return 0;
+}

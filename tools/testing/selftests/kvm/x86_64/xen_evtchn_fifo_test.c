@@ -1,0 +1,1874 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Xen FIFO event channels
+ *
+ * Each case has a VM of its own; -t runs only the named one.  The consumer of
+ * the queues is the same code in the guest, where upcalls wake it, and in the
+ * host, where a case needs to know the order or to stop in between.
+ *
+ * With -p it only tells what the delivery of an event costs.
+ */
+#define _GNU_SOURCE /* for program_invocation_short_name */
+#include <getopt.h>
+#include <pthread.h>
+#include <sched.h>
+#include <time.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+#include "kvm_util.h"
+#include "processor.h"
+
+/* Defined in include/linux/kvm_types.h */
+#define GPA_INVALID		(~(ulong)0)
+
+#define XEN_HYPERCALL_MSR	0x40000000
+#define UPCALL_VECTOR		0x30 /* arbitrarily chosen */
+#define RFLAGS_IF		BIT(9)
+#define PRIO_2LEVEL		KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
+
+#define __HYPERVISOR_sched_op		29
+#define __HYPERVISOR_event_channel_op	32
+#define SCHEDOP_poll			3
+#define EVTCHNOP_send			4
+#define EVTCHNOP_unmask			9
+#define EVTCHNSTAT_interdomain		2
+
+#define NR_PORTS		131072
+#define NR_PRIORITIES		16
+#define DEFAULT_PRIORITY	7
+#define PORTS_PER_PAGE		1024
+#define NR_ARRAY_PAGES		(NR_PORTS / PORTS_PER_PAGE)
+
+#define PENDING			BIT(31)
+#define MASKED			BIT(30)
+#define LINKED			BIT(29)
+#define BUSY			BIT(28)
+#define LINK_MASK		(BIT(17) - 1)
+
+struct control_block {
+	uint32_t ready;
+	uint32_t reserved;
+	uint32_t head[NR_PRIORITIES];
+};
+
+struct vcpu_info {
+	uint8_t evtchn_upcall_pending;
+	uint8_t pad[63];
+};
+
+/* Two vCPUs consume, the third one only sends. */
+#define NR_CONSUMERS		2
+#define NR_VCPUS		3
+
+/* Arbitrarily chosen, mapped one to one, outside of memslot 0. */
+#define SHARED_GPA		0xc0000000
+#define SHARED_SLOT		10
+
+enum {
+	SHINFO_PAGE,
+	VCPU_INFO_PAGE,
+	CONTROL_PAGE = VCPU_INFO_PAGE + NR_CONSUMERS,
+	ARRAY_PAGE = CONTROL_PAGE + NR_CONSUMERS,
+	/* How often each port was handled; for port 0, whether to stop. */
+	HANDLED_PAGE = ARRAY_PAGE + NR_ARRAY_PAGES,
+	NR_SHARED_PAGES = HANDLED_PAGE + NR_ARRAY_PAGES,
+};
+
+#define PAGE_GPA(page)		(SHARED_GPA + (page) * PAGE_SIZE)
+
+/* Arbitrarily chosen, inside of its page. */
+#define CONTROL_OFFSET		0x128
+
+/* What fifo_vm_create() sets up. */
+#define SETUP_MODE		BIT(0)
+#define SETUP_CONTROL		BIT(1)
+#define SETUP_ARRAY		BIT(2)
+#define SETUP_ALL		(SETUP_MODE | SETUP_CONTROL | SETUP_ARRAY)
+
+#define FIRST_GSI		32
+
+struct fifo_vm {
+	struct kvm_vm *vm;
+	struct kvm_vcpu *vcpus[NR_VCPUS];
+	uint8_t *shared;
+};
+
+static uint64_t nr_events = 300;
+static uint64_t seed;
+
+#define wait_for(cond)								\
+do {										\
+	/* Arbitrarily chosen, long enough for a debug kernel on a slow host. */\
+	const time_t limit_secs = 120;						\
+	struct timespec start;							\
+										\
+	clock_gettime(CLOCK_MONOTONIC, &start);					\
+	while (!(cond)) {							\
+		TEST_ASSERT(timespec_elapsed(start).tv_sec < limit_secs,	\
+			    "still false after %ld s: %s", limit_secs, #cond);	\
+		sched_yield();							\
+	}									\
+} while (0)
+
+static uint64_t random_next(uint64_t *state)
+{
+	*state ^= *state << 13;
+	*state ^= *state >> 7;
+	*state ^= *state << 17;
+	return *state;
+}
+
+/*
+ * The consumer
+ */
+
+struct consumer {
+	struct control_block *control;
+	uint32_t *words;
+	uint32_t ready;
+	uint32_t head[NR_PRIORITIES];
+};
+
+static uint32_t clear_linked(uint32_t *word)
+{
+	uint32_t old = READ_ONCE(*word);
+
+	while (!__atomic_compare_exchange_n(word, &old, old & ~(LINKED | LINK_MASK),
+					    false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST))
+		;
+	return old;
+}
+
+/* Returns whether the hypervisor has to be asked to deliver it. */
+static bool clear_masked(uint32_t *word)
+{
+	uint32_t old = READ_ONCE(*word);
+
+	do {
+		old &= ~BUSY;
+	} while (!__atomic_compare_exchange_n(word, &old, old & ~MASKED, false,
+					      __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+	return old & PENDING;
+}
+
+/* Take the next event, of the highest priority that there is; 0 if none. */
+static uint32_t consume(struct consumer *c)
+{
+	uint32_t port, word;
+	int priority;
+
+	for (;;) {
+		c->ready |= __atomic_exchange_n(&c->control->ready, 0,
+						__ATOMIC_SEQ_CST);
+		if (!c->ready)
+			return 0;
+
+		priority = __builtin_ctz(c->ready);
+		port = c->head[priority];
+		if (!port)
+			port = READ_ONCE(c->control->head[priority]);
+
+		word = clear_linked(&c->words[port]);
+		c->head[priority] = word & LINK_MASK;
+		if (!c->head[priority])
+			c->ready &= ~BIT(priority);
+
+		if ((word & PENDING) && !(word & MASKED)) {
+			__atomic_fetch_and(&c->words[port], ~PENDING,
+					   __ATOMIC_SEQ_CST);
+			return port;
+		}
+	}
+}
+
+/*
+ * Guest side
+ */
+
+static uint32_t *const guest_words = (void *)PAGE_GPA(ARRAY_PAGE);
+static uint32_t *const guest_handled = (void *)PAGE_GPA(HANDLED_PAGE);
+
+static uint64_t hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
+{
+	uint64_t ret;
+
+	asm volatile("vmcall" : "=a"(ret) : "a"(nr), "D"(arg1), "S"(arg2)
+		     : "memory");
+	return ret;
+}
+
+static uint64_t event_channel_op(uint64_t op, uint32_t port)
+{
+	return hypercall(__HYPERVISOR_event_channel_op, op, (uint64_t)&port);
+}
+
+/*
+ * The upcall only ends a HLT, everything else happens with interrupts off.  It
+ * must not return to a HLT that is still to come: an emulated CPU that exits
+ * between STI and HLT may forget the interrupt shadow.
+ */
+void guest_wait(void);
+void guest_hlt(void);
+
+asm("guest_wait:	sti\n"
+	"guest_hlt:	hlt\n"
+	"		cli\n"
+	"		ret\n");
+
+static void guest_upcall(struct ex_regs *regs)
+{
+	regs->rflags &= ~RFLAGS_IF;
+	if (regs->rip == (uint64_t)guest_hlt)
+		regs->rip++;
+}
+
+static void guest_consume(struct consumer *c, uint64_t i)
+{
+	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE + i);
+	uint32_t port;
+
+	while (__atomic_exchange_n(&vi->evtchn_upcall_pending, 0, __ATOMIC_SEQ_CST)) {
+		while ((port = consume(c)))
+			__atomic_fetch_add(&guest_handled[port], 1, __ATOMIC_SEQ_CST);
+	}
+}
+
+static struct consumer guest_consumer(uint64_t i)
+{
+	return (struct consumer) {
+		.control = (void *)PAGE_GPA(CONTROL_PAGE + i) + CONTROL_OFFSET,
+		.words = guest_words,
+	};
+}
+
+static void guest_main(uint64_t i)
+{
+	struct consumer c = guest_consumer(i);
+
+	for (;;) {
+		guest_consume(&c, i);
+		if (READ_ONCE(guest_handled[0]))
+			break;
+		guest_wait();
+	}
+	GUEST_DONE();
+}
+
+/* Consume, and mask and unmask the ports in between. */
+static void guest_masker(uint64_t i, uint64_t first, uint64_t nr)
+{
+	struct consumer c = guest_consumer(i);
+	uint32_t port;
+
+	while (!READ_ONCE(guest_handled[0])) {
+		for (port = first; port < first + nr; port++) {
+			__atomic_fetch_or(&guest_words[port], MASKED, __ATOMIC_SEQ_CST);
+			guest_consume(&c, i);
+			if (clear_masked(&guest_words[port]))
+				GUEST_ASSERT(!event_channel_op(EVTCHNOP_unmask, port));
+			guest_consume(&c, i);
+		}
+	}
+	GUEST_DONE();
+}
+
+/* Send to the ports in turn, once the event before was handled. */
+static void guest_sender(uint64_t first, uint64_t nr, uint64_t events)
+{
+	uint64_t n;
+
+	for (n = 0; n < events; n++) {
+		uint32_t port = first + n % nr;
+
+		while (READ_ONCE(guest_handled[port]) < n / nr)
+			asm volatile("pause");
+		GUEST_ASSERT(!event_channel_op(EVTCHNOP_send, port));
+	}
+	GUEST_DONE();
+}
+
+static void guest_ops(void)
+{
+	uint32_t *args = (void *)PAGE_GPA(SHINFO_PAGE);
+
+	for (;;)
+		GUEST_SYNC(event_channel_op(args[0], args[1]));
+}
+
+static void guest_poll(uint64_t port)
+{
+	uint32_t p = port;
+	struct {
+		uint32_t *ports;
+		unsigned int nr_ports;
+		uint64_t timeout;
+	} poll = { .ports = &p, .nr_ports = 1 };
+
+	for (;;)
+		GUEST_SYNC(hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
+				     (uint64_t)&poll));
+}
+
+static void guest_nothing(void)
+{
+	GUEST_DONE();
+}
+
+/* Do to the shared pages what no guest should. */
+static void guest_hostile(uint64_t state, uint64_t i)
+{
+	struct control_block *control = (void *)PAGE_GPA(CONTROL_PAGE + i) + CONTROL_OFFSET;
+	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE + i);
+	uint32_t port;
+	uint64_t r;
+
+	while (!READ_ONCE(guest_handled[0])) {
+		r = random_next(&state);
+		/* Mostly few ports, which meet those that are sent to. */
+		port = (r >> 8) & (r & 0x80 ? NR_PORTS - 1 : 0x7f);
+
+		switch (r & 7) {
+		case 0:
+			WRITE_ONCE(guest_words[port], r >> 32);
+			break;
+		case 1:	/* to itself */
+			WRITE_ONCE(guest_words[port], PENDING | LINKED | port);
+			break;
+		case 2:
+			__atomic_fetch_xor(&guest_words[port], LINKED, __ATOMIC_SEQ_CST);
+			break;
+		case 3:
+			__atomic_fetch_xor(&guest_words[port], r >> 32, __ATOMIC_SEQ_CST);
+			break;
+		case 4:
+			WRITE_ONCE(control->ready, r >> 32);
+			break;
+		case 5:
+			WRITE_ONCE(control->head[port % NR_PRIORITIES], r >> 32);
+			break;
+		case 6:
+			WRITE_ONCE(vi->evtchn_upcall_pending, 0);
+			WRITE_ONCE(guest_words[port], 0);
+			break;
+		case 7:
+			event_channel_op(r & 0x1000000 ? EVTCHNOP_unmask :
+							 EVTCHNOP_send,
+					 r & 0x2000000 ? port : r >> 32);
+			break;
+		}
+	}
+	GUEST_DONE();
+}
+
+/*
+ * Host side
+ */
+
+static int set_vm_attr(struct fifo_vm *f, struct kvm_xen_hvm_attr attr)
+{
+	return __vm_ioctl(f->vm, KVM_XEN_HVM_SET_ATTR, &attr) ? errno : 0;
+}
+
+static int get_vm_attr(struct fifo_vm *f, struct kvm_xen_hvm_attr *attr)
+{
+	return __vm_ioctl(f->vm, KVM_XEN_HVM_GET_ATTR, attr) ? errno : 0;
+}
+
+static int set_vcpu_attr(struct fifo_vm *f, int i, struct kvm_xen_vcpu_attr attr)
+{
+	return __vcpu_ioctl(f->vcpus[i], KVM_XEN_VCPU_SET_ATTR, &attr) ? errno : 0;
+}
+
+static int get_vcpu_attr(struct fifo_vm *f, int i, struct kvm_xen_vcpu_attr *attr)
+{
+	return __vcpu_ioctl(f->vcpus[i], KVM_XEN_VCPU_GET_ATTR, attr) ? errno : 0;
+}
+
+static int set_config(struct fifo_vm *f, uint32_t flags)
+{
+	struct kvm_xen_hvm_config config = {
+		.flags = flags,
+		.msr = XEN_HYPERCALL_MSR,
+	};
+
+	return __vm_ioctl(f->vm, KVM_XEN_HVM_CONFIG, &config) ? errno : 0;
+}
+
+static int set_mode(struct fifo_vm *f, uint32_t mode)
+{
+	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_EVTCHN_MODE,
+		.u.evtchn_mode.mode = mode,
+	});
+}
+
+static int set_array(struct fifo_vm *f, uint32_t page, uint64_t gfn)
+{
+	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_ARRAY,
+		.u.fifo_array = { .page = page, .gfn = gfn },
+	});
+}
+
+static int set_array_page(struct fifo_vm *f, uint32_t page)
+{
+	return set_array(f, page, PAGE_GPA(ARRAY_PAGE + page) / PAGE_SIZE);
+}
+
+static int set_port(struct fifo_vm *f, uint32_t port, uint32_t vcpu_id,
+		    uint32_t priority)
+{
+	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_PORT,
+		.u.fifo_port = {
+			.port = port, .vcpu = vcpu_id, .priority = priority,
+		},
+	});
+}
+
+static int set_states(struct fifo_vm *f, uint32_t port, uint32_t nr,
+		      struct kvm_xen_fifo_port_state *states)
+{
+	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_STATE,
+		.u.fifo_state = {
+			.port = port, .nr = nr, .states = (uint64_t)states,
+		},
+	});
+}
+
+static int get_states(struct fifo_vm *f, uint32_t port, uint32_t nr,
+		      struct kvm_xen_fifo_port_state *states)
+{
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_STATE,
+		.u.fifo_state = {
+			.port = port, .nr = nr, .states = (uint64_t)states,
+		},
+	};
+
+	return get_vm_attr(f, &attr);
+}
+
+static int set_control(struct fifo_vm *f, int i, uint64_t gpa)
+{
+	return set_vcpu_attr(f, i, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
+		.u.gpa = gpa,
+	});
+}
+
+static uint64_t control_gpa(int i)
+{
+	return PAGE_GPA(CONTROL_PAGE + i) + CONTROL_OFFSET;
+}
+
+static void set_vcpu_info(struct fifo_vm *f, int i, uint64_t gpa)
+{
+	ASSERT_EQ(set_vcpu_attr(f, i, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+		.u.gpa = gpa,
+	}), 0);
+}
+
+#define CONFIG_FLAGS	(KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |	\
+			 KVM_XEN_HVM_CONFIG_EVTCHN_SEND)
+
+static struct fifo_vm *fifo_vm_create(void *guest_code, uint32_t setup)
+{
+	struct fifo_vm *f = calloc(1, sizeof(*f));
+	int i;
+
+	TEST_ASSERT(f, "calloc() failed: %s", strerror(errno));
+	f->vm = vm_create_with_vcpus(NR_VCPUS, guest_code, f->vcpus);
+	/* Shared memory keeps its contents while it is made absent. */
+	vm_userspace_mem_region_add(f->vm, VM_MEM_SRC_SHMEM, SHARED_GPA,
+				    SHARED_SLOT, NR_SHARED_PAGES, 0);
+	virt_map(f->vm, SHARED_GPA, SHARED_GPA, NR_SHARED_PAGES);
+	f->shared = addr_gpa2hva(f->vm, SHARED_GPA);
+
+	ASSERT_EQ(set_config(f, CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), 0);
+	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = 1,
+	}), 0);
+	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE,
+	}), 0);
+	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = UPCALL_VECTOR,
+	}), 0);
+
+	vm_init_descriptor_tables(f->vm);
+	vm_install_exception_handler(f->vm, UPCALL_VECTOR, guest_upcall);
+	for (i = 0; i < NR_VCPUS; i++)
+		vcpu_init_descriptor_tables(f->vcpus[i]);
+	for (i = 0; i < NR_CONSUMERS; i++)
+		set_vcpu_info(f, i, PAGE_GPA(VCPU_INFO_PAGE + i));
+	/* What KVM wrote there so far is of no interest. */
+	memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
+
+	if (setup & SETUP_MODE)
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+	for (i = 0; setup & SETUP_CONTROL && i < NR_CONSUMERS; i++)
+		ASSERT_EQ(set_control(f, i, control_gpa(i)), 0);
+	for (i = 0; setup & SETUP_ARRAY && i < NR_ARRAY_PAGES; i++)
+		ASSERT_EQ(set_array_page(f, i), 0);
+
+	return f;
+}
+
+static void fifo_vm_free(struct fifo_vm *f)
+{
+	kvm_vm_free(f->vm);
+	free(f);
+}
+
+static void *shared_page(struct fifo_vm *f, int page)
+{
+	return f->shared + page * PAGE_SIZE;
+}
+
+static uint32_t *word(struct fifo_vm *f, uint32_t port)
+{
+	return (uint32_t *)shared_page(f, ARRAY_PAGE) + port;
+}
+
+static uint32_t *handled(struct fifo_vm *f, uint32_t port)
+{
+	return (uint32_t *)shared_page(f, HANDLED_PAGE) + port;
+}
+
+static struct control_block *control(struct fifo_vm *f, int i)
+{
+	return shared_page(f, CONTROL_PAGE + i) + CONTROL_OFFSET;
+}
+
+static struct vcpu_info *vcpu_info(struct fifo_vm *f, int i)
+{
+	return shared_page(f, VCPU_INFO_PAGE + i);
+}
+
+static struct consumer host_consumer(struct fifo_vm *f, int i)
+{
+	return (struct consumer) {
+		.control = control(f, i),
+		.words = word(f, 0),
+	};
+}
+
+static void make_absent(struct fifo_vm *f, int page)
+{
+	TEST_ASSERT(!madvise(shared_page(f, page), PAGE_SIZE, MADV_DONTNEED),
+		    "madvise() failed: %s", strerror(errno));
+}
+
+static int send_event(struct fifo_vm *f, uint32_t port, uint32_t vcpu_id,
+		      uint32_t priority)
+{
+	struct kvm_irq_routing_xen_evtchn evtchn = {
+		.port = port, .vcpu = vcpu_id, .priority = priority,
+	};
+
+	return __vm_ioctl(f->vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
+}
+
+/* One irqfd for each of the ports, in fds. */
+static void irqfds_create(struct fifo_vm *f, const uint32_t *ports, int nr,
+			  int vcpu, uint32_t priority, int *fds)
+{
+	struct kvm_irq_routing *routing;
+	struct kvm_irqfd irqfd = { };
+	int i;
+
+	routing = calloc(1, sizeof(*routing) + nr * sizeof(routing->entries[0]));
+	TEST_ASSERT(routing, "calloc() failed: %s", strerror(errno));
+	routing->nr = nr;
+	for (i = 0; i < nr; i++) {
+		routing->entries[i].gsi = FIRST_GSI + i;
+		routing->entries[i].type = KVM_IRQ_ROUTING_XEN_EVTCHN;
+		routing->entries[i].u.xen_evtchn.port = ports[i];
+		routing->entries[i].u.xen_evtchn.vcpu = f->vcpus[vcpu]->id;
+		routing->entries[i].u.xen_evtchn.priority = priority;
+	}
+	vm_ioctl(f->vm, KVM_SET_GSI_ROUTING, routing);
+	free(routing);
+
+	for (i = 0; i < nr; i++) {
+		fds[i] = eventfd(0, 0);
+		TEST_ASSERT(fds[i] >= 0, "eventfd() failed: %s", strerror(errno));
+		irqfd.fd = fds[i];
+		irqfd.gsi = FIRST_GSI + i;
+		vm_ioctl(f->vm, KVM_IRQFD, &irqfd);
+	}
+}
+
+static void irqfds_destroy(struct fifo_vm *f, int nr, int *fds)
+{
+	struct kvm_irqfd irqfd = { .flags = KVM_IRQFD_FLAG_DEASSIGN };
+	int i;
+
+	for (i = 0; i < nr; i++) {
+		irqfd.fd = fds[i];
+		irqfd.gsi = FIRST_GSI + i;
+		vm_ioctl(f->vm, KVM_IRQFD, &irqfd);
+		close(fds[i]);
+	}
+}
+
+/* Have the guest's EVTCHNOP_send to the port deliver to it. */
+static int set_loopback(struct fifo_vm *f, uint32_t port, int vcpu,
+			uint32_t priority, uint32_t flags)
+{
+	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_EVTCHN,
+		.u.evtchn = {
+			.send_port = port,
+			.type = EVTCHNSTAT_interdomain,
+			.flags = flags,
+			.deliver.port = {
+				.port = port,
+				.vcpu = f->vcpus[vcpu]->id,
+				.priority = priority,
+			},
+		},
+	});
+}
+
+/* Run until the guest says something; hypercalls it made up fail. */
+static uint64_t run_vcpu(struct kvm_vcpu *vcpu, struct ucall *uc)
+{
+	for (;;) {
+		vcpu_run(vcpu);
+
+		if (vcpu->run->exit_reason == KVM_EXIT_XEN) {
+			vcpu->run->xen.u.hcall.result = -EINVAL;
+			continue;
+		}
+
+		switch (get_ucall(vcpu, uc)) {
+		case UCALL_ABORT:
+			REPORT_GUEST_ASSERT(*uc);
+			break;
+		case UCALL_SYNC:
+		case UCALL_DONE:
+			return uc->cmd;
+		default:
+			TEST_FAIL("vCPU %u: unexpected exit reason %s, ucall %lu",
+				  vcpu->id, exit_reason_str(vcpu->run->exit_reason),
+				  uc->cmd);
+		}
+	}
+}
+
+static void *vcpu_thread(void *vcpu)
+{
+	struct ucall uc;
+
+	ASSERT_EQ(run_vcpu(vcpu, &uc), UCALL_DONE);
+	return NULL;
+}
+
+static void *sync_thread(void *vcpu)
+{
+	ASSERT_EQ(vcpu_run_to_sync(vcpu), 0);
+	return NULL;
+}
+
+static pthread_t thread_start(void *(*fn)(void *), void *arg)
+{
+	pthread_t thread;
+	int r = pthread_create(&thread, NULL, fn, arg);
+
+	TEST_ASSERT(!r, "pthread_create() failed: %s", strerror(r));
+	return thread;
+}
+
+/* The last port is for this: wake the guest and have it stop. */
+static void stop_guest(struct fifo_vm *f, pthread_t *threads, int nr)
+{
+	int i;
+
+	WRITE_ONCE(*handled(f, 0), 1);
+	for (i = 0; i < nr; i++) {
+		wait_for(!(READ_ONCE(*word(f, NR_PORTS - 1)) & (PENDING | LINKED)));
+		ASSERT_EQ(send_event(f, NR_PORTS - 1, f->vcpus[i]->id, 0), 0);
+		pthread_join(threads[i], NULL);
+	}
+}
+
+static void assert_word(struct fifo_vm *f, uint32_t port, uint32_t expected)
+{
+	TEST_ASSERT(READ_ONCE(*word(f, port)) == expected,
+		    "word of port %u is %#x, expected %#x", port,
+		    READ_ONCE(*word(f, port)), expected);
+}
+
+static void assert_next(struct consumer *c, uint32_t expected)
+{
+	uint32_t port = consume(c);
+
+	TEST_ASSERT(port == expected, "port %u was next in the queues, expected %u",
+		    port, expected);
+}
+
+/*
+ * Cases
+ */
+
+static void test_ports(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	struct consumer c = host_consumer(f, 0);
+	uint32_t port;
+
+	for (port = 1; port < NR_PORTS; port++) {
+		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+		/* Again, which must not make a difference. */
+		if (port % 1000 == 0)
+			ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+	}
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
+	ASSERT_EQ(vcpu_info(f, 1)->evtchn_upcall_pending, 0);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(DEFAULT_PRIORITY));
+
+	for (port = 1; port < NR_PORTS; port++)
+		assert_next(&c, port);
+	assert_next(&c, 0);
+
+	for (port = 0; port < NR_PORTS; port++)
+		assert_word(f, port, 0);
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_fast"), NR_PORTS - 1);
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 0);
+	fifo_vm_free(f);
+}
+
+static void test_priorities(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	struct consumer c = host_consumer(f, 1);
+	uint32_t sent[NR_PRIORITIES][64];
+	uint32_t id = f->vcpus[1]->id;
+	uint64_t state = seed;
+	int nr[NR_PRIORITIES] = { };
+	int i, priority;
+
+	for (i = 0; i < 512; i++) {
+		uint32_t port = 1 + i * 255;
+
+		priority = random_next(&state) % NR_PRIORITIES;
+		if (nr[priority] == ARRAY_SIZE(sent[0]))
+			continue;
+		sent[priority][nr[priority]++] = port;
+
+		/* By the event's priority, and by that of the port. */
+		if (i % 2) {
+			ASSERT_EQ(send_event(f, port, id, priority), 0);
+		} else {
+			ASSERT_EQ(set_port(f, port, KVM_XEN_FIFO_NO_VCPU, priority), 0);
+			ASSERT_EQ(send_event(f, port, id, PRIO_2LEVEL), 0);
+		}
+	}
+
+	for (priority = 0; priority < NR_PRIORITIES; priority++) {
+		for (i = 0; i < nr[priority]; i++)
+			assert_next(&c, sent[priority][i]);
+	}
+	assert_next(&c, 0);
+
+	/* A queue that is behind waits for one that comes later. */
+	ASSERT_EQ(send_event(f, 1, id, 9), 0);
+	ASSERT_EQ(send_event(f, 2, id, 9), 0);
+	ASSERT_EQ(send_event(f, 3, id, 9), 0);
+	assert_next(&c, 1);
+	ASSERT_EQ(send_event(f, 4, id, 3), 0);
+	assert_next(&c, 4);
+	assert_next(&c, 2);
+	assert_next(&c, 3);
+	assert_next(&c, 0);
+	fifo_vm_free(f);
+}
+
+/*
+ * Producers send to ports of their own, to each again when the event before was
+ * handled: what is lost stops them, what is doubled shows in the counts.
+ */
+#define PORTS_PER_PRODUCER	8
+
+enum { BY_IOCTL, BY_PRIORITY, BY_MOVING, BY_IRQFD, BY_HYPERCALL, NR_METHODS };
+
+struct producer {
+	struct fifo_vm *f;
+	int method;
+	uint32_t first;
+	int fds[PORTS_PER_PRODUCER];
+};
+
+static void producer_send(struct producer *p, int i, uint64_t round)
+{
+	struct fifo_vm *f = p->f;
+	uint32_t port = p->first + i;
+
+	switch (p->method) {
+	case BY_IOCTL:
+		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+		break;
+	case BY_PRIORITY:
+		ASSERT_EQ(send_event(f, port, f->vcpus[1]->id, round % 3), 0);
+		break;
+	case BY_MOVING:
+		ASSERT_EQ(send_event(f, port, f->vcpus[round % NR_CONSUMERS]->id,
+				     (round / 2 + i) % NR_PRIORITIES), 0);
+		break;
+	case BY_IRQFD:
+		eventfd_write(p->fds[i], 1);
+		break;
+	}
+}
+
+/* The state of a port that stands still says a lot about what went wrong. */
+static void report_stall(struct fifo_vm *f, uint32_t port, uint64_t round)
+{
+	struct kvm_xen_fifo_port_state s;
+	int i, j;
+
+	ASSERT_EQ(get_states(f, port, 1, &s), 0);
+	for (i = 0; i < NR_CONSUMERS; i++) {
+		pr_info("vCPU %d: upcall %u, ready %#x, heads", i,
+			vcpu_info(f, i)->evtchn_upcall_pending,
+			READ_ONCE(control(f, i)->ready));
+		for (j = 0; j < NR_PRIORITIES; j++)
+			pr_info(" %u", READ_ONCE(control(f, i)->head[j]));
+		pr_info("\n");
+	}
+	pr_info("word %#x, vCPU %u, priority %u, last vCPU %u, priority %u\n",
+		READ_ONCE(*word(f, port)), s.vcpu, s.priority, s.last_vcpu,
+		s.last_priority);
+	TEST_FAIL("port %u was handled %u times, expected %lu", port,
+		  READ_ONCE(*handled(f, port)), round);
+}
+
+static void wait_for_handled(struct fifo_vm *f, uint32_t port, uint64_t round)
+{
+	/* Arbitrarily chosen, long enough for a debug kernel on a slow host. */
+	const time_t limit_secs = 120;
+	struct timespec start;
+
+	clock_gettime(CLOCK_MONOTONIC, &start);
+	while (READ_ONCE(*handled(f, port)) < round) {
+		if (timespec_elapsed(start).tv_sec >= limit_secs)
+			report_stall(f, port, round);
+		sched_yield();
+	}
+}
+
+static void *producer_thread(void *data)
+{
+	struct producer *p = data;
+	uint64_t n;
+
+	for (n = 0; n < nr_events; n++) {
+		int i = n % PORTS_PER_PRODUCER;
+		uint64_t round = n / PORTS_PER_PRODUCER;
+
+		wait_for_handled(p->f, p->first + i, round);
+		producer_send(p, i, round);
+	}
+	return NULL;
+}
+
+static void producers_run(struct fifo_vm *f, const int *methods, int nr)
+{
+	struct producer producers[NR_METHODS];
+	uint32_t ports[PORTS_PER_PRODUCER];
+	pthread_t threads[NR_METHODS];
+	int i, j;
+
+	for (i = 0; i < nr; i++) {
+		struct producer *p = &producers[i];
+
+		p->f = f;
+		p->method = methods[i];
+		/* Neighbours in a page and across its end. */
+		p->first = (i + 1) * PORTS_PER_PAGE - PORTS_PER_PRODUCER / 2;
+		if (p->method == BY_IRQFD) {
+			for (j = 0; j < PORTS_PER_PRODUCER; j++)
+				ports[j] = p->first + j;
+			irqfds_create(f, ports, PORTS_PER_PRODUCER, 0, 5, p->fds);
+		}
+		if (p->method == BY_HYPERCALL) {
+			for (j = 0; j < PORTS_PER_PRODUCER; j++)
+				ASSERT_EQ(set_loopback(f, p->first + j, j % NR_CONSUMERS,
+						       j % 2 ? PRIO_2LEVEL : j, 0), 0);
+			vcpu_args_set(f->vcpus[2], 3, p->first, PORTS_PER_PRODUCER,
+				      nr_events);
+			threads[i] = thread_start(vcpu_thread, f->vcpus[2]);
+		} else {
+			threads[i] = thread_start(producer_thread, p);
+		}
+	}
+
+	for (i = 0; i < nr; i++)
+		pthread_join(threads[i], NULL);
+
+	for (i = 0; i < nr; i++) {
+		struct producer *p = &producers[i];
+
+		for (j = 0; j < PORTS_PER_PRODUCER; j++) {
+			uint64_t expected = nr_events / PORTS_PER_PRODUCER +
+					    (j < nr_events % PORTS_PER_PRODUCER);
+
+			wait_for_handled(f, p->first + j, expected);
+		}
+		if (p->method == BY_IRQFD)
+			irqfds_destroy(f, PORTS_PER_PRODUCER, p->fds);
+	}
+}
+
+static void assert_counts(struct fifo_vm *f, int nr)
+{
+	int i, j;
+
+	for (i = 0; i < nr; i++) {
+		for (j = 0; j < PORTS_PER_PRODUCER; j++) {
+			uint32_t port = (i + 1) * PORTS_PER_PAGE -
+					PORTS_PER_PRODUCER / 2 + j;
+			uint64_t expected = nr_events / PORTS_PER_PRODUCER +
+					    (j < nr_events % PORTS_PER_PRODUCER);
+
+			TEST_ASSERT(*handled(f, port) == expected,
+				    "port %u was handled %u times, expected %lu",
+				    port, *handled(f, port), expected);
+		}
+	}
+}
+
+static void vcpu_set_code(struct fifo_vm *f, int i, void *code)
+{
+	struct kvm_regs regs;
+
+	vcpu_regs_get(f->vcpus[i], &regs);
+	regs.rip = (uint64_t)code;
+	vcpu_regs_set(f->vcpus[i], &regs);
+}
+
+static void test_soak(void)
+{
+	static const int methods[] = {
+		BY_IOCTL, BY_PRIORITY, BY_MOVING, BY_IRQFD, BY_HYPERCALL,
+	};
+	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	pthread_t consumers[NR_CONSUMERS];
+	int i;
+
+	vcpu_set_code(f, 2, guest_sender);
+	for (i = 0; i < NR_CONSUMERS; i++) {
+		vcpu_args_set(f->vcpus[i], 1, (uint64_t)i);
+		consumers[i] = thread_start(vcpu_thread, f->vcpus[i]);
+	}
+
+	producers_run(f, methods, ARRAY_SIZE(methods));
+	stop_guest(f, consumers, NR_CONSUMERS);
+	assert_counts(f, ARRAY_SIZE(methods));
+	pr_info("soak: %lu events, none lost, none doubled\n",
+		nr_events * ARRAY_SIZE(methods));
+	fifo_vm_free(f);
+}
+
+static void test_mask(void)
+{
+	static const int methods[] = { BY_IOCTL, BY_IRQFD };
+	struct fifo_vm *f = fifo_vm_create(guest_masker, SETUP_ALL);
+	pthread_t consumer;
+
+	vcpu_args_set(f->vcpus[0], 3, 0ul,
+		      (uint64_t)PORTS_PER_PAGE - PORTS_PER_PRODUCER / 2,
+		      (uint64_t)PORTS_PER_PRODUCER);
+	/* The ports of the first producer are masked now and then. */
+	consumer = thread_start(vcpu_thread, f->vcpus[0]);
+	producers_run(f, methods, ARRAY_SIZE(methods));
+	WRITE_ONCE(*handled(f, 0), 1);
+	pthread_join(consumer, NULL);
+	assert_counts(f, ARRAY_SIZE(methods));
+	fifo_vm_free(f);
+}
+
+static void test_unmask(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_ops, SETUP_ALL);
+	struct consumer c = host_consumer(f, 0);
+	uint32_t *args = shared_page(f, SHINFO_PAGE);
+	struct ucall uc;
+
+	/* A port that never saw an event is userspace's business. */
+	args[0] = EVTCHNOP_unmask;
+	args[1] = 77;
+	vcpu_run(f->vcpus[2]);
+	ASSERT_EQ(f->vcpus[2]->run->exit_reason, KVM_EXIT_XEN);
+	ASSERT_EQ(f->vcpus[2]->run->xen.u.hcall.params[0], EVTCHNOP_unmask);
+	f->vcpus[2]->run->xen.u.hcall.result = 0;
+	ASSERT_EQ(run_vcpu(f->vcpus[2], &uc), UCALL_SYNC);
+
+	*word(f, 77) = MASKED;
+	ASSERT_EQ(send_event(f, 77, f->vcpus[0]->id, 4), 0);
+	assert_word(f, 77, MASKED | PENDING);
+	assert_next(&c, 0);
+
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	assert_word(f, 77, PENDING | LINKED);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(4));
+	assert_next(&c, 77);
+
+	/* Nothing pending, nothing delivered; the mask is gone. */
+	*word(f, 77) = MASKED;
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	assert_word(f, 77, 0);
+	assert_next(&c, 0);
+
+	/* Rebound while it was masked: to the new vCPU's queue. */
+	*word(f, 77) = MASKED;
+	ASSERT_EQ(send_event(f, 77, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(set_port(f, 77, f->vcpus[1]->id, 2), 0);
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	assert_next(&c, 0);
+	c = host_consumer(f, 1);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(2));
+	assert_next(&c, 77);
+
+	/* A word on an absent page. */
+	*word(f, 77) = MASKED | PENDING;
+	make_absent(f, ARRAY_PAGE);
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	assert_next(&c, 77);
+	fifo_vm_free(f);
+}
+
+static void test_moves(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	struct consumer c0 = host_consumer(f, 0), c1 = host_consumer(f, 1);
+	uint32_t id0 = f->vcpus[0]->id, id1 = f->vcpus[1]->id;
+
+	/* The tail of one queue goes to another, and both go on. */
+	ASSERT_EQ(send_event(f, 1, id0, 7), 0);
+	ASSERT_EQ(send_event(f, 2, id0, 7), 0);
+	assert_next(&c0, 1);
+	assert_next(&c0, 2);
+	ASSERT_EQ(send_event(f, 2, id1, 7), 0);
+	ASSERT_EQ(send_event(f, 3, id0, 7), 0);
+	ASSERT_EQ(send_event(f, 4, id1, 7), 0);
+	assert_next(&c0, 3);
+	assert_next(&c0, 0);
+	assert_next(&c1, 2);
+	assert_next(&c1, 4);
+	assert_next(&c1, 0);
+
+	/* Sent to elsewhere while it is queued: it stays where it is. */
+	ASSERT_EQ(send_event(f, 5, id0, 7), 0);
+	ASSERT_EQ(send_event(f, 5, id1, 3), 0);
+	assert_next(&c1, 0);
+	assert_next(&c0, 5);
+	assert_next(&c0, 0);
+
+	/* To another priority and back, consumed and not. */
+	ASSERT_EQ(send_event(f, 6, id0, 1), 0);
+	ASSERT_EQ(send_event(f, 7, id0, 1), 0);
+	assert_next(&c0, 6);
+	ASSERT_EQ(send_event(f, 6, id0, 2), 0);
+	assert_next(&c0, 7);
+	ASSERT_EQ(send_event(f, 7, id0, 2), 0);
+	ASSERT_EQ(send_event(f, 8, id0, 1), 0);
+	assert_next(&c0, 8);
+	assert_next(&c0, 6);
+	assert_next(&c0, 7);
+	assert_next(&c0, 0);
+	fifo_vm_free(f);
+}
+
+static void test_absent(void)
+{
+	static const int pages[] = {
+		ARRAY_PAGE + 5, ARRAY_PAGE + 2, CONTROL_PAGE, VCPU_INFO_PAGE,
+	};
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	uint32_t tail = 2 * PORTS_PER_PAGE, port = 5 * PORTS_PER_PAGE + 3;
+	struct consumer c = host_consumer(f, 0);
+	uint64_t slow = 0, expected;
+	int i, linked, irqfd, fd;
+
+	for (irqfd = 0; irqfd < 2; irqfd++) {
+		if (irqfd)
+			irqfds_create(f, &port, 1, 0, 7, &fd);
+
+		/* Where the queue is empty, and where there is a tail. */
+		for (i = 0; i < ARRAY_SIZE(pages) * 2; i++) {
+			/* Without a tail in it, a page may still be absent. */
+			linked = i % 2;
+			if (linked) {
+				slow += pages[i / 2] == ARRAY_PAGE + 2;
+				ASSERT_EQ(send_event(f, tail, f->vcpus[0]->id, 7), 0);
+			}
+
+			expected = vcpu_get_stat(f->vcpus[0], "xen_fifo_fast") +
+				   vcpu_get_stat(f->vcpus[0], "xen_fifo_slow") + 1;
+			make_absent(f, pages[i / 2]);
+			if (irqfd)
+				eventfd_write(fd, 1);
+			else
+				ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+			wait_for(vcpu_get_stat(f->vcpus[0], "xen_fifo_fast") +
+				 vcpu_get_stat(f->vcpus[0], "xen_fifo_slow") >= expected);
+
+			if (linked)
+				assert_next(&c, tail);
+			assert_next(&c, port);
+			assert_next(&c, 0);
+			assert_word(f, tail, 0);
+			assert_word(f, port, 0);
+		}
+
+		if (irqfd)
+			irqfds_destroy(f, 1, &fd);
+
+		/* All but that of vcpu_info, and the tail's where there is none. */
+		slow += 5;
+		ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_slow"), slow);
+	}
+	fifo_vm_free(f);
+}
+
+/* An upcall that finds no vcpu_info is delivered when there is one. */
+static void test_upcall(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	struct kvm_xen_vcpu_attr tails = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
+	};
+	struct ucall uc;
+
+	vcpu_args_set(f->vcpus[0], 1, 0ul);
+	set_vcpu_info(f, 0, GPA_INVALID);
+	ASSERT_EQ(send_event(f, 55, f->vcpus[0]->id, 7), 0);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 0);
+
+	set_vcpu_info(f, 0, PAGE_GPA(VCPU_INFO_PAGE));
+	*handled(f, 0) = 1;
+	ASSERT_EQ(run_vcpu(f->vcpus[0], &uc), UCALL_DONE);
+	ASSERT_EQ(*handled(f, 55), 1);
+
+	/* So it is when the state is saved. */
+	make_absent(f, VCPU_INFO_PAGE);
+	ASSERT_EQ(send_event(f, 55, f->vcpus[0]->id, 7), 0);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 0);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &tails), 0);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
+	ASSERT_EQ(tails.u.fifo_tails[7], 55);
+	fifo_vm_free(f);
+}
+
+/* What arrives before its page waits for it; without control block it is lost. */
+static void test_waiting(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
+	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17;
+	struct consumer c = host_consumer(f, 0);
+	uint32_t id = f->vcpus[0]->id;
+
+	ASSERT_EQ(send_event(f, port0, id, 7), 0);
+	assert_word(f, port0, 0);
+	ASSERT_EQ(set_array_page(f, 0), 0);
+	assert_word(f, port0, PENDING);
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
+
+	ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+	ASSERT_EQ(send_event(f, port0, id, 7), 0);
+	ASSERT_EQ(send_event(f, port1, id, 7), 0);
+	ASSERT_EQ(send_event(f, port1, id, 7), 0);
+	assert_next(&c, port0);
+	assert_next(&c, 0);
+
+	ASSERT_EQ(set_array_page(f, 1), 0);
+	assert_word(f, port1, PENDING | LINKED);
+	assert_next(&c, port1);
+	assert_next(&c, 0);
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
+	fifo_vm_free(f);
+}
+
+static void copy_state(struct fifo_vm *from, struct fifo_vm *to)
+{
+	struct kvm_xen_fifo_port_state states[KVM_XEN_FIFO_STATE_MAX];
+	struct kvm_xen_vcpu_attr attr;
+	struct kvm_xen_hvm_attr page;
+	uint32_t port, nr;
+	int i;
+
+	/* What is owed is written when the tails are read: memory comes last. */
+	ASSERT_EQ(set_mode(to, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+	for (i = 0; i < NR_CONSUMERS; i++) {
+		attr = (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
+		};
+		ASSERT_EQ(get_vcpu_attr(from, i, &attr), 0);
+		ASSERT_EQ(attr.u.gpa, control_gpa(i));
+		ASSERT_EQ(set_vcpu_attr(to, i, attr), 0);
+
+		attr = (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
+		};
+		ASSERT_EQ(get_vcpu_attr(from, i, &attr), 0);
+		ASSERT_EQ(set_vcpu_attr(to, i, attr), 0);
+	}
+	for (port = 1; port < NR_PORTS; port += nr) {
+		nr = min_t(uint32_t, NR_PORTS - port, KVM_XEN_FIFO_STATE_MAX);
+		ASSERT_EQ(get_states(from, port, nr, states), 0);
+		ASSERT_EQ(set_states(to, port, nr, states), 0);
+	}
+	memcpy(to->shared, from->shared, NR_SHARED_PAGES * PAGE_SIZE);
+	for (i = 0; i < NR_ARRAY_PAGES; i++) {
+		page = (struct kvm_xen_hvm_attr) {
+			.type = KVM_XEN_ATTR_TYPE_FIFO_ARRAY,
+			.u.fifo_array.page = i,
+		};
+		ASSERT_EQ(get_vm_attr(from, &page), 0);
+		if (page.u.fifo_array.gfn != GPA_INVALID)
+			ASSERT_EQ(set_vm_attr(to, page), 0);
+	}
+}
+
+static void test_migration(void)
+{
+	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_MODE | SETUP_CONTROL);
+	struct fifo_vm *to = fifo_vm_create(guest_nothing, 0);
+	uint32_t ports[] = { 10, 2000, 3000, 4000, 5000, 6000 };
+	uint32_t last = 100 * PORTS_PER_PAGE, id = from->vcpus[0]->id;
+	struct consumer c = host_consumer(from, 0), moved;
+	int i;
+
+	for (i = 0; i < 50; i++)
+		ASSERT_EQ(set_array_page(from, i), 0);
+
+	for (i = 0; i < 4; i++)
+		ASSERT_EQ(send_event(from, ports[i], id, PRIO_2LEVEL), 0);
+	assert_next(&c, ports[0]);
+	assert_next(&c, ports[1]);
+	/* One that is masked, one that has no page, one in another queue. */
+	*word(from, 77) = MASKED;
+	ASSERT_EQ(send_event(from, 77, id, 3), 0);
+	ASSERT_EQ(send_event(from, last, id, 9), 0);
+	ASSERT_EQ(send_event(from, 88, from->vcpus[1]->id, 0), 0);
+
+	copy_state(from, to);
+	fifo_vm_free(from);
+	moved = host_consumer(to, 0);
+	moved.ready = c.ready;
+	memcpy(moved.head, c.head, sizeof(c.head));
+
+	ASSERT_EQ(send_event(to, ports[4], id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(send_event(to, ports[1], id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(send_event(to, ports[5], id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(set_array_page(to, 100), 0);
+
+	assert_next(&moved, ports[2]);
+	assert_next(&moved, ports[3]);
+	assert_next(&moved, ports[4]);
+	assert_next(&moved, ports[1]);
+	assert_next(&moved, ports[5]);
+	assert_next(&moved, last);
+	assert_next(&moved, 0);
+	assert_word(to, 77, MASKED | PENDING);
+	moved = host_consumer(to, 1);
+	assert_next(&moved, 88);
+	assert_next(&moved, 0);
+	fifo_vm_free(to);
+}
+
+/* The last event of a queue was consumed: its port is the tail all the same. */
+static void test_migration_of_consumed_tail(void)
+{
+	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_ALL);
+	struct fifo_vm *to = fifo_vm_create(guest_nothing, 0);
+	struct consumer c = host_consumer(from, 0);
+	uint32_t id = from->vcpus[0]->id;
+
+	ASSERT_EQ(send_event(from, 1, id, 7), 0);
+	assert_next(&c, 1);
+	assert_next(&c, 0);
+
+	copy_state(from, to);
+	fifo_vm_free(from);
+	c = host_consumer(to, 0);
+
+	/* Without "last" port 2 would be linked to where the guest left. */
+	ASSERT_EQ(send_event(to, 1, to->vcpus[1]->id, 7), 0);
+	ASSERT_EQ(send_event(to, 2, id, 7), 0);
+	assert_next(&c, 2);
+	assert_next(&c, 0);
+	fifo_vm_free(to);
+}
+
+static void test_reset(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_EVTCHN_MODE };
+	uint32_t id = f->vcpus[0]->id;
+	struct consumer c;
+	int i;
+
+	for (i = 0; i < 3; i++) {
+		ASSERT_EQ(send_event(f, 5000, id, 7), 0);
+		ASSERT_EQ(send_event(f, 5001, id, 7), 0);
+		c = host_consumer(f, 0);
+		assert_next(&c, 5000);
+
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL), 0);
+		ASSERT_EQ(get_vm_attr(f, &attr), 0);
+		ASSERT_EQ(attr.u.evtchn_mode.mode, KVM_XEN_EVTCHN_MODE_2LEVEL);
+		ASSERT_EQ(send_event(f, 5, id, PRIO_2LEVEL), 0);
+		ASSERT_EQ(send_event(f, 5000, id, PRIO_2LEVEL), EINVAL);
+		memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
+
+		/* Nothing is left of what was. */
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+		ASSERT_EQ(get_vm_attr(f, &attr), 0);
+		ASSERT_EQ(attr.u.evtchn_mode.mode, KVM_XEN_EVTCHN_MODE_FIFO);
+		ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+		ASSERT_EQ(set_array_page(f, 4), 0);
+	}
+	fifo_vm_free(f);
+}
+
+static void *reset_thread(void *data)
+{
+	struct fifo_vm *f = data;
+
+	while (!READ_ONCE(*handled(f, 0))) {
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL), 0);
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+		ASSERT_EQ(set_array_page(f, 0), 0);
+		ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+		make_absent(f, ARRAY_PAGE);
+	}
+	return NULL;
+}
+
+/* Events while the mode changes; what becomes of them is nobody's business. */
+static void test_reset_race(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	uint64_t i, state = seed;
+	pthread_t thread;
+
+	thread = thread_start(reset_thread, f);
+	for (i = 0; i < nr_events; i++)
+		send_event(f, random_next(&state) % 3000, f->vcpus[0]->id, PRIO_2LEVEL);
+	WRITE_ONCE(*handled(f, 0), 1);
+	pthread_join(thread, NULL);
+	fifo_vm_free(f);
+}
+
+static void test_poll(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_poll, SETUP_ALL);
+	uint32_t port = 70000;
+	pthread_t thread;
+
+	/* Pending already, and then by an event that is masked. */
+	vcpu_args_set(f->vcpus[0], 1, (uint64_t)port);
+	*word(f, port) = PENDING | MASKED;
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[0]), 0);
+
+	*word(f, port) = MASKED;
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "blocking"), 0);
+	thread = thread_start(sync_thread, f->vcpus[0]);
+	wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
+	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+	pthread_join(thread, NULL);
+	assert_word(f, port, PENDING | MASKED);
+	fifo_vm_free(f);
+}
+
+static void test_timer(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	struct kvm_xen_vcpu_attr timer = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+		.u.timer = { .port = 100000, .priority = 2, .expires_ns = 1 },
+	};
+	struct kvm_xen_hvm_attr port = {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_PORT,
+		.u.fifo_port.port = 100000,
+	};
+	pthread_t thread;
+
+	vcpu_args_set(f->vcpus[0], 1, 0ul);
+	ASSERT_EQ(set_vcpu_attr(f, 0, timer), 0);
+	thread = thread_start(vcpu_thread, f->vcpus[0]);
+	wait_for(READ_ONCE(*handled(f, 100000)));
+	stop_guest(f, &thread, 1);
+	ASSERT_EQ(*handled(f, 100000), 1);
+
+	ASSERT_EQ(get_vcpu_attr(f, 0, &timer), 0);
+	ASSERT_EQ(timer.u.timer.port, 100000);
+	ASSERT_EQ(timer.u.timer.priority, 2);
+	ASSERT_EQ(get_vm_attr(f, &port), 0);
+	ASSERT_EQ(port.u.fifo_port.priority, 2);
+	ASSERT_EQ(port.u.fifo_port.vcpu, f->vcpus[0]->id);
+	fifo_vm_free(f);
+}
+
+static void test_dirty_log(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	uint64_t dirty[DIV_ROUND_UP(NR_SHARED_PAGES, 64)];
+	uint32_t port = 30 * PORTS_PER_PAGE;
+	int i;
+
+	vm_mem_region_set_flags(f->vm, SHARED_SLOT, KVM_MEM_LOG_DIRTY_PAGES);
+	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
+	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
+
+	for (i = ARRAY_PAGE - NR_CONSUMERS; i < HANDLED_PAGE; i++) {
+		bool expected = i == ARRAY_PAGE + 30 || i == CONTROL_PAGE;
+
+		TEST_ASSERT(!!(dirty[i / 64] & BIT_ULL(i % 64)) == expected,
+			    "page %d is%s dirty", i, expected ? " not" : "");
+	}
+
+	/* Linked to from another page. */
+	ASSERT_EQ(send_event(f, 1, f->vcpus[0]->id, 7), 0);
+	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
+	for (i = ARRAY_PAGE; i < HANDLED_PAGE; i++) {
+		bool expected = i == ARRAY_PAGE || i == ARRAY_PAGE + 30;
+
+		TEST_ASSERT(!!(dirty[i / 64] & BIT_ULL(i % 64)) == expected,
+			    "page %d is%s dirty", i, expected ? " not" : "");
+	}
+	fifo_vm_free(f);
+}
+
+struct hostile {
+	struct fifo_vm *f;
+	uint64_t state;
+};
+
+static void *hostile_sender(void *data)
+{
+	struct hostile *h = data;
+	struct fifo_vm *f = h->f;
+	uint64_t i, r;
+
+	for (i = 0; i < nr_events * 10; i++) {
+		r = random_next(&h->state);
+		ASSERT_EQ(send_event(f, 1 + ((r >> 8) & 0x7f),
+				     f->vcpus[r % NR_CONSUMERS]->id,
+				     r & 2 ? PRIO_2LEVEL : (r >> 4) & 15), 0);
+		if (!(r & 0xff00))
+			make_absent(f, ARRAY_PAGE + (r >> 20) % 2);
+	}
+	return NULL;
+}
+
+static void test_hostile(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_hostile, SETUP_MODE);
+	struct hostile senders[2];
+	pthread_t threads[2], vcpus[NR_CONSUMERS];
+	int i;
+
+	/* One control block in an array page, one array page is the other's. */
+	ASSERT_EQ(set_control(f, 0, PAGE_GPA(ARRAY_PAGE) + 64), 0);
+	ASSERT_EQ(set_control(f, 1, control_gpa(1)), 0);
+	ASSERT_EQ(set_array_page(f, 0), 0);
+	ASSERT_EQ(set_array(f, 1, PAGE_GPA(CONTROL_PAGE + 1) / PAGE_SIZE), 0);
+	ASSERT_EQ(set_array(f, 2, PAGE_GPA(ARRAY_PAGE) / PAGE_SIZE), 0);
+	for (i = 1; i < 128; i++)
+		ASSERT_EQ(set_loopback(f, i, i % 2, PRIO_2LEVEL, 0), 0);
+
+	for (i = 0; i < NR_CONSUMERS; i++) {
+		vcpu_args_set(f->vcpus[i], 2, seed + i + 1, (uint64_t)i);
+		vcpus[i] = thread_start(vcpu_thread, f->vcpus[i]);
+	}
+	for (i = 0; i < 2; i++) {
+		senders[i] = (struct hostile) { .f = f, .state = seed + i + 10 };
+		threads[i] = thread_start(hostile_sender, &senders[i]);
+	}
+	for (i = 0; i < 2; i++)
+		pthread_join(threads[i], NULL);
+	WRITE_ONCE(*handled(f, 0), 1);
+	for (i = 0; i < NR_CONSUMERS; i++)
+		pthread_join(vcpus[i], NULL);
+	fifo_vm_free(f);
+}
+
+/* What KVM accepts or refuses depends on the mode when the event comes. */
+static void test_wrong_mode(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_ops, 0);
+	uint32_t id = f->vcpus[0]->id, port = 5000, *args;
+	struct consumer c = host_consumer(f, 0);
+	struct ucall uc;
+	int fd;
+
+	/* Set up in 2-level mode, where it cannot work. */
+	irqfds_create(f, &port, 1, 0, 3, &fd);
+	ASSERT_EQ(set_loopback(f, port, 0, 4, 0), 0);
+	ASSERT_EQ(set_loopback(f, port, 0, 5, KVM_XEN_EVTCHN_UPDATE), 0);
+	eventfd_write(fd, 1);
+	args = shared_page(f, SHINFO_PAGE);
+	ASSERT_EQ(send_event(f, 5, id, 3), EOPNOTSUPP);
+	ASSERT_EQ(send_event(f, port, id, PRIO_2LEVEL), EINVAL);
+	assert_word(f, port, 0);
+	assert_word(f, 5, 0);
+
+	args[0] = EVTCHNOP_send;
+	args[1] = port;
+	vcpu_run(f->vcpus[2]);
+	ASSERT_EQ(f->vcpus[2]->run->exit_reason, KVM_EXIT_XEN);
+	f->vcpus[2]->run->xen.u.hcall.result = 0;
+	ASSERT_EQ(run_vcpu(f->vcpus[2], &uc), UCALL_SYNC);
+
+	ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+	ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+	ASSERT_EQ(set_array_page(f, port / PORTS_PER_PAGE), 0);
+	assert_next(&c, 0);
+	eventfd_write(fd, 1);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(3));
+	assert_next(&c, port);
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(5));
+	assert_next(&c, port);
+	irqfds_destroy(f, 1, &fd);
+	fifo_vm_free(f);
+}
+
+/* One misuse each; the state must be as it was. */
+static void test_errors(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, 0);
+	const uint64_t nowhere = 0x100000000000 / PAGE_SIZE;
+	struct kvm_xen_fifo_port_state state = {
+		.vcpu = f->vcpus[0]->id, .last_vcpu = KVM_XEN_FIFO_NO_VCPU,
+		.priority = 7,
+	}, bad, got;
+	struct kvm_xen_hvm_attr mode = {
+		.type = KVM_XEN_ATTR_TYPE_EVTCHN_MODE,
+		.u.evtchn_mode.mode = KVM_XEN_EVTCHN_MODE_FIFO,
+	}, attr;
+	struct kvm_xen_vcpu_attr tails = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
+	}, control = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
+		.u.gpa = control_gpa(0),
+	}, timer = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+		.u.timer = { .port = 1, .priority = 16 },
+	};
+	uint32_t id = f->vcpus[0]->id;
+
+	/* The flag needs another one, and is needed for everything else. */
+	ASSERT_EQ(set_config(f, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+				KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), EINVAL);
+	ASSERT_EQ(set_config(f, CONFIG_FLAGS), 0);
+	ASSERT_EQ(set_vm_attr(f, mode), ENOENT);
+	ASSERT_EQ(get_vm_attr(f, &mode), ENOENT);
+	ASSERT_EQ(set_array_page(f, 0), ENOENT);
+	ASSERT_EQ(set_port(f, 1, id, 7), ENOENT);
+	ASSERT_EQ(set_states(f, 1, 1, &state), ENOENT);
+	ASSERT_EQ(set_vcpu_attr(f, 0, control), ENOENT);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &tails), ENOENT);
+	ASSERT_EQ(send_event(f, 1, id, 7), EINVAL);
+	ASSERT_EQ(set_loopback(f, 1, 0, 7, 0), EINVAL);
+	timer.u.timer.priority = 7;
+	ASSERT_EQ(set_vcpu_attr(f, 0, timer), EINVAL);
+	ASSERT_EQ(set_config(f, CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), 0);
+
+	/* The mode comes before the rest. */
+	ASSERT_EQ(set_array_page(f, 0), ENXIO);
+	ASSERT_EQ(set_port(f, 1, id, 7), ENXIO);
+	ASSERT_EQ(set_states(f, 1, 1, &state), ENXIO);
+	ASSERT_EQ(get_states(f, 1, 1, &state), ENXIO);
+	ASSERT_EQ(set_vcpu_attr(f, 0, control), ENXIO);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &control), ENXIO);
+	ASSERT_EQ(set_vcpu_attr(f, 0, tails), ENXIO);
+
+	ASSERT_EQ(set_mode(f, 2), EINVAL);
+	attr = mode;
+	attr.u.evtchn_mode.pad = 1;
+	ASSERT_EQ(set_vm_attr(f, attr), EINVAL);
+	attr = mode;
+	attr.pad[1] = 1;
+	ASSERT_EQ(set_vm_attr(f, attr), EINVAL);
+	attr = mode;
+	attr.u.pad[7] = 1;
+	ASSERT_EQ(set_vm_attr(f, attr), EINVAL);
+	ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL), 0);
+	ASSERT_EQ(set_vm_attr(f, mode), 0);
+	ASSERT_EQ(set_vm_attr(f, mode), EEXIST);
+	ASSERT_EQ(set_config(f, CONFIG_FLAGS), EBUSY);
+
+	/* Tails need the control block. */
+	ASSERT_EQ(set_vcpu_attr(f, 0, tails), ENXIO);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &tails), ENXIO);
+	ASSERT_EQ(set_control(f, 0, control_gpa(0) + 4), EINVAL);
+	ASSERT_EQ(set_control(f, 0, PAGE_GPA(CONTROL_PAGE) + PAGE_SIZE - 64), EINVAL);
+	ASSERT_EQ(set_control(f, 0, nowhere * PAGE_SIZE), EFAULT);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &control), 0);
+	ASSERT_EQ(control.u.gpa, GPA_INVALID);
+	ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+	ASSERT_EQ(set_control(f, 0, control_gpa(1)), EEXIST);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &control), 0);
+	ASSERT_EQ(control.u.gpa, control_gpa(0));
+	control.pad[0] = 1;
+	ASSERT_EQ(set_vcpu_attr(f, 0, control), EINVAL);
+	tails.u.fifo_tails[0] = 1;
+	tails.u.fifo_tails[15] = NR_PORTS;
+	ASSERT_EQ(set_vcpu_attr(f, 0, tails), EINVAL);
+	ASSERT_EQ(get_vcpu_attr(f, 0, &tails), 0);
+	ASSERT_EQ(tails.u.fifo_tails[0], 0);
+
+	ASSERT_EQ(set_array(f, NR_ARRAY_PAGES, PAGE_GPA(ARRAY_PAGE) / PAGE_SIZE), EINVAL);
+	ASSERT_EQ(set_array(f, 0, -1ull), EINVAL);
+	ASSERT_EQ(set_array(f, 0, nowhere), EFAULT);
+	ASSERT_EQ(set_array_page(f, 0), 0);
+	ASSERT_EQ(set_array_page(f, 0), EEXIST);
+	attr = (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_ARRAY,
+		.u.fifo_array.page = NR_ARRAY_PAGES,
+	};
+	ASSERT_EQ(get_vm_attr(f, &attr), EINVAL);
+
+	ASSERT_EQ(set_port(f, 0, id, 7), EINVAL);
+	ASSERT_EQ(set_port(f, NR_PORTS, id, 7), EINVAL);
+	ASSERT_EQ(set_port(f, 1, id, 16), EINVAL);
+	ASSERT_EQ(set_port(f, 1, 12345, 7), EINVAL);
+
+	ASSERT_EQ(get_states(f, 1, 1, &got), 0);
+	ASSERT_EQ(got.vcpu, KVM_XEN_FIFO_NO_VCPU);
+	ASSERT_EQ(got.priority, DEFAULT_PRIORITY);
+	ASSERT_EQ(set_states(f, 0, 1, &state), EINVAL);
+	ASSERT_EQ(set_states(f, 1, 0, &state), EINVAL);
+	ASSERT_EQ(set_states(f, 1, KVM_XEN_FIFO_STATE_MAX + 1, &state), EINVAL);
+	ASSERT_EQ(set_states(f, NR_PORTS - 1, 2, &state), EINVAL);
+	ASSERT_EQ(set_states(f, 1, 1, (void *)1), EFAULT);
+	ASSERT_EQ(get_states(f, 1, 1, (void *)1), EFAULT);
+#define BAD_STATE(field, value)							\
+do {										\
+	bad = state;								\
+	bad.field = value;							\
+	ASSERT_EQ(set_states(f, 1, 1, &bad), EINVAL);				\
+} while (0)
+	BAD_STATE(vcpu, 12345);
+	BAD_STATE(last_vcpu, 12345);
+	BAD_STATE(priority, 16);
+	BAD_STATE(last_priority, 16);
+	BAD_STATE(flags, 2);
+	BAD_STATE(pad[4], 1);
+	bad = state;
+	bad.flags = KVM_XEN_FIFO_PORT_PENDING;
+	bad.vcpu = KVM_XEN_FIFO_NO_VCPU;
+	ASSERT_EQ(set_states(f, 1, 1, &bad), EINVAL);
+	ASSERT_EQ(get_states(f, 1, 1, &got), 0);
+	ASSERT_EQ(got.vcpu, KVM_XEN_FIFO_NO_VCPU);
+
+	ASSERT_EQ(send_event(f, 0, id, 7), EINVAL);
+	ASSERT_EQ(send_event(f, NR_PORTS, id, 7), EINVAL);
+	ASSERT_EQ(send_event(f, 1, id, 16), EINVAL);
+	ASSERT_EQ(send_event(f, 1, 12345, 7), EINVAL);
+	ASSERT_EQ(set_loopback(f, NR_PORTS, 0, 7, 0), EINVAL);
+	ASSERT_EQ(set_loopback(f, 1, 0, 16, 0), EINVAL);
+	timer.u.timer.priority = 16;
+	ASSERT_EQ(set_vcpu_attr(f, 0, timer), EINVAL);
+
+	/* The page of the word goes: the event cannot be delivered. */
+	vm_mem_region_delete(f->vm, SHARED_SLOT);
+	ASSERT_EQ(send_event(f, 1, id, 7), EFAULT);
+	fifo_vm_free(f);
+}
+
+/*
+ * Performance
+ */
+
+static uint64_t now_ns(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return timespec_to_ns(now);
+}
+
+/* Sends to the ports from first in steps, without waiting. */
+static void guest_burst(uint64_t nr, uint64_t step)
+{
+	uint64_t i;
+
+	for (;;) {
+		for (i = 0; i < nr; i++)
+			event_channel_op(EVTCHNOP_send, 1 + i * step);
+		GUEST_SYNC(0);
+	}
+}
+
+static void perf_clear(struct fifo_vm *f, struct consumer *c, bool fifo)
+{
+	if (fifo) {
+		while (consume(c))
+			;
+	} else {
+		memset(shared_page(f, SHINFO_PAGE), 0, PAGE_SIZE);
+	}
+	memset(vcpu_info(f, 0), 0, 32);
+}
+
+static void measure(bool fifo, int method, uint64_t nr, uint64_t step)
+{
+	static const char * const names[NR_METHODS] = {
+		[BY_IOCTL] = "ioctl", [BY_IRQFD] = "irqfd", [BY_HYPERCALL] = "hypercall",
+	};
+	struct fifo_vm *f = fifo_vm_create(guest_burst, fifo ? SETUP_ALL : 0);
+	uint64_t rounds = max(2000 / nr, 2ul), round, i, start, spent = 0;
+	struct consumer c = host_consumer(f, 0);
+	uint32_t id = f->vcpus[0]->id;
+	uint32_t *ports = calloc(nr, sizeof(*ports));
+	int *fds = calloc(nr, sizeof(*fds));
+
+	TEST_ASSERT(ports && fds, "calloc() failed: %s", strerror(errno));
+	for (i = 0; i < nr; i++) {
+		ports[i] = 1 + i * step;
+		if (method == BY_HYPERCALL)
+			ASSERT_EQ(set_loopback(f, ports[i], 0, PRIO_2LEVEL, 0), 0);
+	}
+	if (method == BY_IRQFD)
+		irqfds_create(f, ports, nr, 0, PRIO_2LEVEL, fds);
+	vcpu_args_set(f->vcpus[2], 2, nr, step);
+
+	/* The first round warms up. */
+	for (round = 0; round <= rounds; round++) {
+		start = now_ns();
+		switch (method) {
+		case BY_IOCTL:
+			for (i = 0; i < nr; i++)
+				send_event(f, ports[i], id, PRIO_2LEVEL);
+			break;
+		case BY_IRQFD:
+			for (i = 0; i < nr; i++)
+				eventfd_write(fds[i], 1);
+			break;
+		case BY_HYPERCALL:
+			vcpu_run_to_sync(f->vcpus[2]);
+			break;
+		}
+		if (round)
+			spent += now_ns() - start;
+		perf_clear(f, &c, fifo);
+	}
+
+	printf("perf: xen-%s-%s-%lu-ports instructions %lu\n",
+	       fifo ? "fifo" : "2level", names[method], nr, spent / (rounds * nr));
+	if (method == BY_IRQFD)
+		irqfds_destroy(f, nr, fds);
+	free(ports);
+	free(fds);
+	fifo_vm_free(f);
+}
+
+static void measure_all(void)
+{
+	static const int methods[] = { BY_IOCTL, BY_IRQFD, BY_HYPERCALL };
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(methods); i++) {
+		measure(false, methods[i], 1, 1);
+		measure(false, methods[i], 63, 64);
+		measure(true, methods[i], 1, 1);
+		measure(true, methods[i], 63, 64);
+		measure(true, methods[i], 63, 2080);
+		measure(true, methods[i], 1000, 131);
+	}
+	measure(false, BY_IOCTL, 4095, 1);
+	measure(true, BY_IOCTL, 4095, 1);
+	measure(true, BY_IOCTL, NR_PORTS - 1, 1);
+	measure(true, BY_HYPERCALL, NR_PORTS - 1, 1);
+}
+
+static const struct {
+	const char *name;
+	void (*fn)(void);
+} cases[] = {
+	{ "errors", test_errors },
+	{ "wrong-mode", test_wrong_mode },
+	{ "ports", test_ports },
+	{ "priorities", test_priorities },
+	{ "moves", test_moves },
+	{ "waiting", test_waiting },
+	{ "absent", test_absent },
+	{ "upcall", test_upcall },
+	{ "unmask", test_unmask },
+	{ "poll", test_poll },
+	{ "timer", test_timer },
+	{ "dirty-log", test_dirty_log },
+	{ "migration", test_migration },
+	{ "migration-of-consumed-tail", test_migration_of_consumed_tail },
+	{ "reset", test_reset },
+	{ "reset-race", test_reset_race },
+	{ "hostile", test_hostile },
+	{ "mask", test_mask },
+	{ "soak", test_soak },
+};
+
+static void print_usage(const char *name)
+{
+	printf("usage: %s [-t CASE] [-n EVENTS] [-s SEED] [-p]\n"
+	       "  -n  events of each producer of mask and soak, a tenth of those of hostile\n"
+	       "  -p  only tell what deliveries cost\n", name);
+	exit(KSFT_FAIL);
+}
+
+int main(int argc, char *argv[])
+{
+	const char *only = NULL;
+	bool perf_only = false;
+	int opt, i;
+
+	seed = now_ns() | 1;
+	while ((opt = getopt(argc, argv, "n:ps:t:")) != -1) {
+		switch (opt) {
+		case 'n':
+			nr_events = strtoull(optarg, NULL, 0);
+			break;
+		case 'p':
+			perf_only = true;
+			break;
+		case 's':
+			seed = strtoull(optarg, NULL, 0);
+			break;
+		case 't':
+			only = optarg;
+			break;
+		default:
+			print_usage(argv[0]);
+		}
+	}
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_XEN_EVTCHN_FIFO));
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_FIFO);
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
+
+	setbuf(stdout, NULL);
+	if (perf_only) {
+		measure_all();
+		return 0;
+	}
+
+	pr_info("seed %#lx\n", seed);
+	for (i = 0; i < ARRAY_SIZE(cases); i++) {
+		if (only && strcmp(only, cases[i].name))
+			continue;
+		pr_info("%s\n", cases[i].name);
+		cases[i].fn();
+	}
+	return 0;
+}
