@@ -73,6 +73,19 @@ use_arch() {
 	. "$TOP/scripts/qemu/$1.sh"
 }
 
+# kmake SRC OUT ARG...: make in the kernel source SRC for the architecture of
+# use_arch, into the folder OUT of it.  The compiler's work is the same wherever the
+# source lies and whoever builds: paths are relative, time and names are fixed, so
+# that ccache serves all.
+kmake() {
+	local src=$1 out=$2 cc=$kernel_cc
+	shift 2
+	command -v ccache > /dev/null && cc="ccache $kernel_cc"
+	CCACHE_NOHASHDIR=1 KBUILD_BUILD_TIMESTAMP=2000-01-01 \
+	KBUILD_BUILD_USER=kvm-series KBUILD_BUILD_HOST=localhost \
+		make -s -C "$src" O="$out" "${kernel_make[@]}" CC="$cc" -j"$JOBS" "$@"
+}
+
 elapsed() { printf '%dm%02ds' $(($1 / 60)) $(($1 % 60)); }
 
 # need_tool TOOL...: say what is missing and how to get it

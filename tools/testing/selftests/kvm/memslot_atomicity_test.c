@@ -248,8 +248,7 @@ static void wait_for_vcpus(void)
 
 	for (i = 0; i < nr_vcpus; i++) {
 		before = READ_ONCE(guest_loops[i]);
-		while (READ_ONCE(guest_loops[i]) == before)
-			sched_yield();
+		wait_for(READ_ONCE(guest_loops[i]) != before);
 	}
 }
 

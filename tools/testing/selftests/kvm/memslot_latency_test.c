@@ -180,14 +180,6 @@ struct change {
 static sem_t change_wanted, change_made;
 static struct change *change;
 
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000ull + t.tv_nsec;
-}
-
 static void *change_worker(void *unused)
 {
 	uint64_t start;

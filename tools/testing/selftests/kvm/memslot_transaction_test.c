@@ -39,6 +39,10 @@
 #define NR_PAGES		16
 #define MAX_REGIONS		128
 
+/* As many allocations of one transaction are to fail, within so many rounds. */
+#define MIN_FAULTS		10
+#define MAX_FAULT_ROUNDS	10
+
 /* What -p measures with. */
 #define PERF_GPA		(TEST_GPA + SZ_16M)
 #define PERF_PAGE_SIZE		4096
@@ -190,7 +194,7 @@ static struct kvm_userspace_memory_region no_region(int slot)
 	return (struct kvm_userspace_memory_region) { .slot = TEST_SLOT + slot };
 }
 
-static struct regions *new_regions(int n, struct kvm_userspace_memory_region *entries)
+static struct regions *new_regions(int n, const struct kvm_userspace_memory_region *entries)
 {
 	struct regions *r = calloc(1, sizeof(*r));
 
@@ -648,6 +652,12 @@ static void test_dirty(void)
 	set_regions("other ids", regions(no_region(0), no_region(1), region(2, 0, 4, 0, log)), 2);
 	assert_dirty("other ids", 2, 0x6);
 
+	/* A slot that moves to where another one had the same memory. */
+	set_regions("aliases", regions(region(0, 4, 4, 4, log), region(1, 12, 4, 4, log)), 1);
+	dirty_pages(0x60);
+	set_regions("move to an alias", regions(no_region(0), region(1, 4, 4, 4, log)), 2);
+	assert_dirty("move to an alias", 1, 0x6);
+
 	clean(0, 3);
 }
 
@@ -765,34 +775,32 @@ static bool fail_nth(int n, struct regions *r, int *error)
 	return !ret;
 }
 
-static void test_faults(void)
+/*
+ * Let each allocation of a transaction fail in its turn.  Returns how many of
+ * them made the transaction fail.
+ *
+ * Others allocate as well on behalf of KVM, kmemleak and memcg for instance,
+ * and not the same number each time: the nth may be theirs, which does no harm,
+ * or one of KVM that has failed before.
+ */
+static int try_faults(struct regions *r)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
 	struct page_state layout[NR_PAGES];
 	int n, error, nr_failed = 0;
-	struct regions *r;
 	bool failed;
-
-	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", R_OK | W_OK) &&
-		       write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
-		       "no FAILSLAB, which -f needs");
-	write_string("/sys/kernel/debug/failslab/verbose", "0");
 
 	expect(layout, 0, 10, 0, true);
 	expect_hole(layout, 10, NR_PAGES - 10);
+	expect(layout, 10, 1, 10, true);
 
-	/* Replace, delete, move, flags, create. */
-	r = regions(region(0, 0, 6, 0, log), no_region(1), region(2, 14, 2, 8, 0),
-		    region(3, 10, 1, 10, log), region(4, 6, 4, 12, 0));
 	for (n = 1, failed = true; failed; n++) {
 		clean(0, 5);
 		set_regions("faults", regions(region(0, 0, 4, 0, log), region(1, 4, 4, 4, log),
 					      region(2, 8, 2, 8, log), region(3, 10, 1, 10, 0)), 1);
-		expect(layout, 10, 1, 10, true);
 		dirty_pages(0x81);
 
 		failed = fail_nth(n, r, &error);
-		/* Some allocations may fail without harm, as another can be made. */
 		if (!error)
 			continue;
 
@@ -806,9 +814,32 @@ static void test_faults(void)
 		assert_dirty("faults", 1, 0x8);
 		assert_layout("faults", layout);
 	}
+	return nr_failed;
+}
+
+static void test_faults(void)
+{
+	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
+	struct page_state layout[NR_PAGES];
+	int round, nr_failed = 0;
+	struct regions *r;
+
+	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", R_OK | W_OK) &&
+		       write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
+		       "no FAILSLAB, which -f needs");
+	write_string("/sys/kernel/debug/failslab/verbose", "0");
+
+	/* Replace, delete, move, flags, create. */
+	r = regions(region(0, 0, 6, 0, log), no_region(1), region(2, 14, 2, 8, 0),
+		    region(3, 10, 1, 10, log), region(4, 6, 4, 12, 0));
+	for (round = 0; round < MAX_FAULT_ROUNDS && nr_failed < MIN_FAULTS; round++)
+		nr_failed += try_faults(r);
+
 	write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "Y");
 	pr_info("%d allocations failed\n", nr_failed);
-	TEST_ASSERT(nr_failed >= 10, "expected 10 or more allocations to fail, got %d", nr_failed);
+	TEST_ASSERT(nr_failed >= MIN_FAULTS,
+		    "expected %d or more allocations to fail in %d rounds, got %d",
+		    MIN_FAULTS, round, nr_failed);
 
 	assert_dirty("no faults", 0, 0x1);
 	expect(layout, 0, 6, 0, true);
@@ -825,14 +856,6 @@ static void test_faults(void)
 /*
  * figures
  */
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return t.tv_sec * 1000000000ull + t.tv_nsec;
-}
 
 /* Faults on pages that are resident, after all mappings were dropped. */
 static void measure_page_faults(void)
@@ -870,37 +893,53 @@ static void measure_page_faults(void)
 	printf("perf: page_fault ns %lu\n", best / NR_PERF_PAGES);
 }
 
-/* Give 128 slots other memory, in the best way that the kernel has. */
-static void measure_transactions(void)
+/* Give 128 slots other memory, one by one. */
+static uint64_t replace_one_by_one(const struct kvm_userspace_memory_region *entries)
 {
-	struct kvm_userspace_memory_region entries[MAX_REGIONS], r;
-	uint64_t start, single, best;
-	struct regions *regions;
+	struct kvm_userspace_memory_region r;
+	uint64_t start = now_ns();
 	int i;
 
 	for (i = 0; i < MAX_REGIONS; i++) {
-		entries[i] = region(i, i, 1, 0, 0);
-		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &entries[i]);
-		entries[i] = region(i, i, 1, 1, 0);
-	}
-
-	start = now_ns();
-	for (i = 0; i < MAX_REGIONS; i++) {
 		r = no_region(i);
 		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
-		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &entries[i]);
+		r = entries[i];
+		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
 	}
-	single = now_ns() - start;
-	best = single;
+	return now_ns() - start;
+}
 
+static uint64_t replace_together(const struct kvm_userspace_memory_region *entries)
+{
+	struct regions *regions = new_regions(MAX_REGIONS, entries);
+	uint64_t start = now_ns();
+
+	TEST_ASSERT(!__set_regions(regions), "replace: errno %d", errno);
+	start = now_ns() - start;
+	free(regions);
+	return start;
+}
+
+/* Best of some rounds, in the best way that the kernel has. */
+static void measure_transactions(void)
+{
+	struct kvm_userspace_memory_region entries[2][MAX_REGIONS];
+	uint64_t single = UINT64_MAX, best = UINT64_MAX;
+	int i;
+
+	for (i = 0; i < MAX_REGIONS; i++) {
+		entries[0][i] = region(i, i, 1, 0, 0);
+		entries[1][i] = region(i, i, 1, 1, 0);
+		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &entries[1][i]);
+	}
+
+	for (i = 0; i < 10; i++)
+		single = min(single, replace_one_by_one(entries[i % 2]));
+
+	best = single;
 	if (kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS)) {
-		for (i = 0; i < MAX_REGIONS; i++)
-			entries[i] = region(i, i, 1, 2, 0);
-		regions = new_regions(MAX_REGIONS, entries);
-		start = now_ns();
-		TEST_ASSERT(!__set_regions(regions), "replace: errno %d", errno);
-		best = now_ns() - start;
-		free(regions);
+		for (i = 0; i < 10; i++)
+			best = min(best, replace_together(entries[i % 2]));
 	}
 	printf("perf: replace_128_slots_one_by_one ns %lu\n", single);
 	printf("perf: replace_128_slots ns %lu\n", best);

@@ -27,7 +27,6 @@
 #include <linux/sizes.h>
 #include <pthread.h>
 #include <sys/resource.h>
-#include <time.h>
 #include <unistd.h>
 
 #include "kvm_util.h"
@@ -226,14 +225,6 @@ static void set_stage(enum stage s)
 	WRITE_ONCE(*(enum stage *)addr_gva2hva(vm, (vm_vaddr_t)&stage), s);
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000000ULL + ts.tv_nsec;
-}
-
 static uint64_t run_vcpu(struct kvm_vcpu *vcpu)
 {
 	struct ucall uc;
@@ -290,11 +281,9 @@ static void raise_device(uint32_t device, uint32_t iteration)
 	for (event = 0; event < nr_events; event++)
 		raise_event(device, event);
 
-	for (event = 0; event < nr_events; event++) {
-		while (__atomic_load_n(&host_lpi_count[lpi_index(device, event)],
-				       __ATOMIC_ACQUIRE) <= iteration)
-			sched_yield();
-	}
+	for (event = 0; event < nr_events; event++)
+		wait_for(__atomic_load_n(&host_lpi_count[lpi_index(device, event)],
+					 __ATOMIC_ACQUIRE) > iteration);
 }
 
 static void *device_thread(void *arg)

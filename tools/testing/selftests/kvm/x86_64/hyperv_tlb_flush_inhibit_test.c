@@ -63,9 +63,6 @@
 #define SMRAM_PAGES	16
 #define SMRAM_SLOT	(BIT(16) | 2)
 
-/* How long a thread may take, for a debug kernel on a slow host. */
-#define LIMIT_SECS	120
-
 static uint64_t toggles = 2000;
 static uint64_t walks = 200;
 static uint64_t latency_rounds = 20;
@@ -258,11 +255,11 @@ static void runner_join(struct runner *r)
 	int err;
 
 	clock_gettime(CLOCK_REALTIME, &limit);
-	limit.tv_sec += LIMIT_SECS;
+	limit.tv_sec += WAIT_LIMIT_SECS;
 	err = pthread_timedjoin_np(r->thread, NULL, &limit);
 	TEST_ASSERT(!err,
 		    "vCPU %u has not come back after %d s (error %d), it was blocked %lu times",
-		    r->vcpu->id, LIMIT_SECS, err,
+		    r->vcpu->id, WAIT_LIMIT_SECS, err,
 		    vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - r->blocks);
 }
 
@@ -312,16 +309,11 @@ static char runner_state(struct runner *r)
 
 static void runner_wait_asleep(struct runner *r)
 {
-	struct timespec start;
 	char state;
 
-	clock_gettime(CLOCK_MONOTONIC, &start);
-	while ((state = runner_state(r)) != 'S') {
-		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,
-			    "vCPU %u's thread is in state %c after %d s, expected S",
-			    r->vcpu->id, state, LIMIT_SECS);
-		sched_yield();
-	}
+	__wait_for((state = runner_state(r)) == 'S',
+		   "vCPU %u's thread is in state %c after %d s, expected S",
+		   r->vcpu->id, state, WAIT_LIMIT_SECS);
 }
 
 static uint64_t runner_cpu_ns(struct runner *r)
@@ -955,15 +947,8 @@ static void test_signal(void)
 static void wait_count(uint64_t *count, uint64_t expected,
 		       const char *what)
 {
-	struct timespec start;
-
-	clock_gettime(CLOCK_MONOTONIC, &start);
-	while (READ_ONCE(*count) < expected) {
-		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,
-			    "%lu %s after %d s, expected %lu", *count, what,
-			    LIMIT_SECS, expected);
-		sched_yield();
-	}
+	__wait_for(READ_ONCE(*count) >= expected, "%lu %s after %d s, expected %lu",
+		   *count, what, WAIT_LIMIT_SECS, expected);
 	TEST_ASSERT(READ_ONCE(*count) == expected, "%lu %s, expected %lu", *count, what,
 		    expected);
 }
@@ -977,8 +962,7 @@ static void wait_count(uint64_t *count, uint64_t expected,
 static void check_no_cpu_time(struct test_vm *t, int flusher)
 {
 	struct runner *r = &t->runners[flusher];
-	uint64_t blocks, exits, ns;
-	struct timespec start;
+	uint64_t blocks, exits, ns, start;
 	cpu_set_t saved;
 	int i;
 
@@ -987,16 +971,16 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 	runner_wait_asleep(r);
 	exits = vcpu_get_stat(r->vcpu, "exits");
 
-	clock_gettime(CLOCK_MONOTONIC, &start);
+	start = now_ns();
 	do {
 		ns = runner_cpu_ns(r);
 		for (i = 0; i < 20; i++)
 			vcpu_run_to_sync(t->vcpus[OTHER]);
 		ns = runner_cpu_ns(r) - ns;
 
-		TEST_ASSERT(timespec_elapsed(start).tv_sec < LIMIT_SECS,
+		TEST_ASSERT((now_ns() - start) / NSEC_PER_SEC < WAIT_LIMIT_SECS,
 			    "Blocked vCPU %u still uses CPU time after %d s, %lu ns of late",
-			    r->vcpu->id, LIMIT_SECS, ns);
+			    r->vcpu->id, WAIT_LIMIT_SECS, ns);
 	} while (ns);
 
 	sched_setaffinity(0, sizeof(saved), &saved);
@@ -1335,8 +1319,8 @@ static void uffd_wait_fault(int uffd)
 	struct pollfd pollfd = { .fd = uffd, .events = POLLIN };
 	struct uffd_msg msg;
 
-	TEST_ASSERT(poll(&pollfd, 1, LIMIT_SECS * 1000) == 1,
-		    "No page fault within %d s", LIMIT_SECS);
+	TEST_ASSERT(poll(&pollfd, 1, WAIT_LIMIT_SECS * 1000) == 1,
+		    "No page fault within %d s", WAIT_LIMIT_SECS);
 	TEST_ASSERT(read(uffd, &msg, sizeof(msg)) == sizeof(msg) &&
 		    msg.event == UFFD_EVENT_PAGEFAULT,
 		    "Not a page fault: event %#x, errno %d", msg.event, errno);
@@ -1362,8 +1346,7 @@ static int compare_u64(const void *a, const void *b)
 /* From the release until the hypercall is complete, median. */
 static uint64_t release_latency(struct test_vm *t)
 {
-	uint64_t ns[latency_rounds], hypercalls;
-	struct timespec begin;
+	uint64_t ns[latency_rounds], hypercalls, begin;
 	int i;
 
 	for (i = 0; i < latency_rounds; i++) {
@@ -1372,10 +1355,10 @@ static uint64_t release_latency(struct test_vm *t)
 		runner_wait_asleep(&t->runners[0]);
 		hypercalls = vcpu_get_stat(t->vcpus[0], "hypercalls");
 
-		clock_gettime(CLOCK_MONOTONIC, &begin);
+		begin = now_ns();
 		release(t, TARGET, OWNER);
 		vcpu_wait_stat(t->vcpus[0], "hypercalls", hypercalls + 1);
-		ns[i] = timespec_to_ns(timespec_elapsed(begin));
+		ns[i] = now_ns() - begin;
 		finish(t, 0, 1);
 	}
 
@@ -1441,15 +1424,8 @@ static void test_page_in(void)
 static void wait_progress(uint64_t *count, uint64_t from,
 			  const char *what)
 {
-	struct timespec begin;
-
-	clock_gettime(CLOCK_MONOTONIC, &begin);
-	while (READ_ONCE(*count) == from) {
-		TEST_ASSERT(timespec_elapsed(begin).tv_sec < LIMIT_SECS,
-			    "%s is stuck at %lu for %d s", what, from,
-			    LIMIT_SECS);
-		sched_yield();
-	}
+	__wait_for(READ_ONCE(*count) != from, "%s is stuck at %lu for %d s", what, from,
+		   WAIT_LIMIT_SECS);
 }
 
 /*
@@ -1459,10 +1435,8 @@ static void wait_progress(uint64_t *count, uint64_t from,
  */
 static void test_race(void)
 {
-	uint64_t counts[NR_FLUSHERS], blocks = 0, i;
-	struct timespec begin;
+	uint64_t counts[NR_FLUSHERS], blocks = 0, span, begin, ns, i;
 	struct test_vm t;
-	int64_t span, ns;
 	int f;
 
 	test_vm_create(&t, vp_maps[0], guest_racer);
@@ -1476,19 +1450,19 @@ static void test_race(void)
 	/* The fastest of some flushes, others may have been preempted. */
 	span = NSEC_PER_SEC;
 	for (i = 0; i < 100; i++) {
-		clock_gettime(CLOCK_MONOTONIC, &begin);
+		begin = now_ns();
 		wait_progress(&t.ctx[0]->count, READ_ONCE(t.ctx[0]->count),
 			      "A flusher");
-		span = min(span, timespec_to_ns(timespec_elapsed(begin)));
+		span = min(span, now_ns() - begin);
 	}
-	span = 4 * max(span, 1000L);
+	span = 4 * max(span, 1000ul);
 
 	for (i = 0; i < toggles; i++) {
 		ns = random() % span;
 
 		hold(&t, TARGET, OWNER);
-		clock_gettime(CLOCK_MONOTONIC, &begin);
-		while (timespec_to_ns(timespec_elapsed(begin)) < ns)
+		begin = now_ns();
+		while (now_ns() - begin < ns)
 			cpu_relax();
 		release(&t, TARGET, OWNER);
 
@@ -1556,13 +1530,12 @@ static bool walk_is_poisoned(struct test_vm *t, uint64_t *pte,
 			     uint64_t (*count)(struct test_vm *t), uint64_t until)
 {
 	uint64_t *page = addr_gpa2hva(t->vm, READ_ONCE(*pte) & PHYSICAL_PAGE_MASK);
-	struct timespec begin;
+	uint64_t begin = now_ns();
 	bool poisoned = false;
 
-	clock_gettime(CLOCK_MONOTONIC, &begin);
 	do {
 		poisoned |= READ_ONCE(*page) != VALID;
-		TEST_ASSERT(timespec_elapsed(begin).tv_sec < LIMIT_SECS,
+		TEST_ASSERT((now_ns() - begin) / NSEC_PER_SEC < WAIT_LIMIT_SECS,
 			    "The guest is stuck, at %lu, expected %lu",
 			    count(t), until);
 	} while (count(t) < until);

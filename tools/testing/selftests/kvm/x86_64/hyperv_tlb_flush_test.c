@@ -472,10 +472,10 @@ static void guest_bench(struct hyperv_hcall_pages *pages,
 static void bench(uint64_t count)
 {
 	vm_vaddr_t pages_gva, flush_gva;
-	struct timespec begin;
 	struct kvm_vcpu *vcpus[2];
 	struct hyperv_tlb_flush *flush;
 	struct kvm_vm *vm;
+	uint64_t begin;
 	int i, fast;
 
 	for (i = 0; i < ARRAY_SIZE(flush_codes); i++) {
@@ -499,11 +499,11 @@ static void bench(uint64_t count)
 			vcpu_args_set(vcpus[0], 3, pages_gva, flush_gva, count);
 
 			vcpu_run_to_sync(vcpus[0]);
-			clock_gettime(CLOCK_MONOTONIC, &begin);
+			begin = now_ns();
 			vcpu_run_to_sync(vcpus[0]);
 			pr_info("perf: hypercall-%#x-%s ns %ld\n",
 				flush->code, fast ? "fast" : "slow",
-				timespec_to_ns(timespec_elapsed(begin)) / count);
+				(now_ns() - begin) / count);
 
 			kvm_vm_free(vm);
 		}

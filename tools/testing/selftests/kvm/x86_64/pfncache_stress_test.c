@@ -29,6 +29,7 @@
 #include "test_util.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "xen.h"
 
 #define SLOT		10		/* arbitrarily chosen, as is this: */
 #define BASE_GPA	0xc0000000ull
@@ -36,11 +37,6 @@
 #define PAGES_PER_VCPU	4
 #define MAX_VCPUS	64
 #define TIMER_PORT	100
-
-#define GPA_INVALID	(~0ull)
-#define PENDING_OFFSET	0x800		/* evtchn_pending[] in struct shared_info */
-
-#define HYPERVISOR_set_timer_op	15
 
 static unsigned int nr_vcpus = 4;
 static unsigned int nr_chaos = 2;
@@ -72,14 +68,9 @@ static void count(unsigned long *counter)
 
 static void guest_code(void)
 {
-	unsigned long rax;
-
 	for (;;) {
 		/* A time that has passed: the event is due at once. */
-		asm volatile("vmcall"
-			     : "=a" (rax)
-			     : "a" (HYPERVISOR_set_timer_op), "D" (1ul)
-			     : "memory");
+		xen_hypercall(__HYPERVISOR_set_timer_op, 1, 0);
 		GUEST_SYNC(0);
 	}
 }
@@ -142,7 +133,7 @@ static void create_vm(void)
 {
 	struct kvm_xen_hvm_config config = {
 		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL | KVM_XEN_HVM_CONFIG_EVTCHN_SEND,
-		.msr = 0x40000000,
+		.msr = XEN_HYPERCALL_MSR,
 	};
 	struct kvm_xen_hvm_attr lm = {
 		.type = KVM_XEN_ATTR_TYPE_LONG_MODE,
@@ -374,7 +365,7 @@ static void *chaos_fn(void *arg)
 
 static unsigned long pending(unsigned int port)
 {
-	unsigned long *bits = (void *)(mem + PENDING_OFFSET);
+	unsigned long *bits = (void *)(mem + XEN_SHINFO_PENDING);
 
 	return __atomic_load_n(&bits[port / 64], __ATOMIC_SEQ_CST) >> port % 64 & 1;
 }
@@ -473,8 +464,7 @@ int main(int argc, char *argv[])
 
 		TEST_ASSERT(write(irqfds[i], &one, sizeof(one)) == sizeof(one),
 			    "write(eventfd): %s", strerror(errno));
-		while (!pending(1 + i))
-			sched_yield();
+		wait_for(pending(1 + i));
 	}
 
 	printf("%lu signals, %lu sends, %lu runs\n", nr_signals, nr_sends, nr_runs);

@@ -29,7 +29,6 @@
 #include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
-#include <time.h>
 #include <unistd.h>
 
 #include <asm/kvm_para.h>
@@ -37,6 +36,7 @@
 #include "test_util.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "xen.h"
 
 #include "../../../../../lib/test_mmu_gate_uapi.h"
 
@@ -50,8 +50,6 @@
 #define VCPU_INFO_PAGE	4
 #define SHINFO_PAGE	32
 
-#define GPA_INVALID	(~0ull)
-#define PENDING_OFFSET	0x800		/* evtchn_pending[] in struct shared_info */
 #define NR_SLOTS	16		/* KVM_NR_GPC_RANGES */
 #define NR_OVERFLOW	20
 #define NR_THREADS	(NR_OVERFLOW + 2)
@@ -99,12 +97,6 @@ do {					\
 	TEST_ASSERT(__ok, fmt);		\
 } while (0)
 
-#define wait_for(cond)		\
-do {				\
-	while (!(cond))		\
-		sched_yield();	\
-} while (0)
-
 static void set(unsigned long *p, unsigned long val)
 {
 	__atomic_store_n(p, val, __ATOMIC_SEQ_CST);
@@ -127,7 +119,7 @@ static uint64_t page_gpa(unsigned int nr)
 
 static unsigned long *pending(unsigned int nr)
 {
-	return page(nr) + PENDING_OFFSET;
+	return page(nr) + XEN_SHINFO_PENDING;
 }
 
 static unsigned long shinfo_pending(void)
@@ -250,7 +242,7 @@ static void create_vm(size_t nr_pages)
 {
 	struct kvm_xen_hvm_config config = {
 		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
-		.msr = 0x40000000,
+		.msr = XEN_HYPERCALL_MSR,
 	};
 	struct kvm_xen_hvm_attr lm = {
 		.type = KVM_XEN_ATTR_TYPE_LONG_MODE,
@@ -1073,14 +1065,6 @@ static void test_released_mm(void)
 		    "heir ended with status %#x, expected 0", status);
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec ts;
-
-	clock_gettime(CLOCK_MONOTONIC, &ts);
-	return ts.tv_sec * 1000000000ull + ts.tv_nsec;
-}
-
 /*
  * Activate @nr caches, up to four for each vCPU; the vCPUs never run.  Their file
  * descriptors go to @fds, the VM lives until these are closed.
@@ -1133,7 +1117,7 @@ static void perf_hooks(void)
 {
 	static const unsigned int nr_caches[] = { 0, 1, 16, 256, 4096 };
 	const unsigned int rounds = 1000;
-	struct kvm_xen_hvm_config config = { .msr = 0x40000000 };
+	struct kvm_xen_hvm_config config = { .msr = XEN_HYPERCALL_MSR };
 	unsigned int i, j, nr_fds;
 	uint64_t begin;
 	int fds[1024];

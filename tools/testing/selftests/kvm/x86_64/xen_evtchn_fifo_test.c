@@ -18,21 +18,11 @@
 
 #include "kvm_util.h"
 #include "processor.h"
+#include "xen.h"
 
-/* Defined in include/linux/kvm_types.h */
-#define GPA_INVALID		(~(ulong)0)
-
-#define XEN_HYPERCALL_MSR	0x40000000
 #define UPCALL_VECTOR		0x30 /* arbitrarily chosen */
 #define RFLAGS_IF		BIT(9)
 #define PRIO_2LEVEL		KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL
-
-#define __HYPERVISOR_sched_op		29
-#define __HYPERVISOR_event_channel_op	32
-#define SCHEDOP_poll			3
-#define EVTCHNOP_send			4
-#define EVTCHNOP_unmask			9
-#define EVTCHNSTAT_interdomain		2
 
 #define NR_PORTS		131072
 #define NR_PRIORITIES		16
@@ -50,11 +40,6 @@ struct control_block {
 	uint32_t ready;
 	uint32_t reserved;
 	uint32_t head[NR_PRIORITIES];
-};
-
-struct vcpu_info {
-	uint8_t evtchn_upcall_pending;
-	uint8_t pad[63];
 };
 
 /* Two vCPUs consume, the third one only sends. */
@@ -96,20 +81,6 @@ struct fifo_vm {
 
 static uint64_t nr_events = 300;
 static uint64_t seed;
-
-#define wait_for(cond)								\
-do {										\
-	/* Arbitrarily chosen, long enough for a debug kernel on a slow host. */\
-	const time_t limit_secs = 120;						\
-	struct timespec start;							\
-										\
-	clock_gettime(CLOCK_MONOTONIC, &start);					\
-	while (!(cond)) {							\
-		TEST_ASSERT(timespec_elapsed(start).tv_sec < limit_secs,	\
-			    "still false after %ld s: %s", limit_secs, #cond);	\
-		sched_yield();							\
-	}									\
-} while (0)
 
 static uint64_t random_next(uint64_t *state)
 {
@@ -189,18 +160,9 @@ static uint32_t consume(struct consumer *c)
 static uint32_t *const guest_words = (void *)PAGE_GPA(ARRAY_PAGE);
 static uint32_t *const guest_handled = (void *)PAGE_GPA(HANDLED_PAGE);
 
-static uint64_t hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
-{
-	uint64_t ret;
-
-	asm volatile("vmcall" : "=a"(ret) : "a"(nr), "D"(arg1), "S"(arg2)
-		     : "memory");
-	return ret;
-}
-
 static uint64_t event_channel_op(uint64_t op, uint32_t port)
 {
-	return hypercall(__HYPERVISOR_event_channel_op, op, (uint64_t)&port);
+	return xen_hypercall(__HYPERVISOR_event_channel_op, op, (uint64_t)&port);
 }
 
 /*
@@ -225,7 +187,7 @@ static void guest_upcall(struct ex_regs *regs)
 
 static void guest_consume(struct consumer *c, uint64_t i)
 {
-	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE + i);
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE + i);
 	uint32_t port;
 
 	while (__atomic_exchange_n(&vi->evtchn_upcall_pending, 0, __ATOMIC_SEQ_CST)) {
@@ -296,6 +258,28 @@ static void guest_ops(void)
 		GUEST_SYNC(event_channel_op(args[0], args[1]));
 }
 
+/* The same by a 32-bit guest, and SCHEDOP_poll. */
+static void guest_ops32(void)
+{
+	uint32_t *args = (void *)PAGE_GPA(SHINFO_PAGE);
+	uint32_t port;
+	struct {
+		uint32_t ports;
+		uint32_t nr_ports;
+		uint64_t timeout;
+	} poll = { .ports = (uint64_t)&port, .nr_ports = 1 };
+
+	for (;;) {
+		port = args[1];
+		if (args[0] == SCHEDOP_poll)
+			GUEST_SYNC(xen_hypercall32(__HYPERVISOR_sched_op, args[0],
+						   (uint64_t)&poll, 0));
+		else
+			GUEST_SYNC(xen_hypercall32(__HYPERVISOR_event_channel_op,
+						   args[0], (uint64_t)&port, 0));
+	}
+}
+
 static void guest_poll(uint64_t port)
 {
 	uint32_t p = port;
@@ -306,8 +290,8 @@ static void guest_poll(uint64_t port)
 	} poll = { .ports = &p, .nr_ports = 1 };
 
 	for (;;)
-		GUEST_SYNC(hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
-				     (uint64_t)&poll));
+		GUEST_SYNC(xen_hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
+					 (uint64_t)&poll));
 }
 
 static void guest_nothing(void)
@@ -319,7 +303,7 @@ static void guest_nothing(void)
 static void guest_hostile(uint64_t state, uint64_t i)
 {
 	struct control_block *control = (void *)PAGE_GPA(CONTROL_PAGE + i) + CONTROL_OFFSET;
-	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE + i);
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE + i);
 	uint32_t port;
 	uint64_t r;
 
@@ -475,6 +459,13 @@ static void set_vcpu_info(struct fifo_vm *f, int i, uint64_t gpa)
 #define CONFIG_FLAGS	(KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |	\
 			 KVM_XEN_HVM_CONFIG_EVTCHN_SEND)
 
+static void set_long_mode(struct fifo_vm *f, bool long_mode)
+{
+	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = long_mode,
+	}), 0);
+}
+
 static struct fifo_vm *fifo_vm_create(void *guest_code, uint32_t setup)
 {
 	struct fifo_vm *f = calloc(1, sizeof(*f));
@@ -489,9 +480,7 @@ static struct fifo_vm *fifo_vm_create(void *guest_code, uint32_t setup)
 	f->shared = addr_gpa2hva(f->vm, SHARED_GPA);
 
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), 0);
-	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = 1,
-	}), 0);
+	set_long_mode(f, true);
 	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
 		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
 		.u.shared_info.gfn = PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE,
@@ -545,7 +534,7 @@ static struct control_block *control(struct fifo_vm *f, int i)
 	return shared_page(f, CONTROL_PAGE + i) + CONTROL_OFFSET;
 }
 
-static struct vcpu_info *vcpu_info(struct fifo_vm *f, int i)
+static struct xen_vcpu_info *vcpu_info(struct fifo_vm *f, int i)
 {
 	return shared_page(f, VCPU_INFO_PAGE + i);
 }
@@ -717,12 +706,13 @@ static void assert_next(struct consumer *c, uint32_t expected)
  * Cases
  */
 
-static void test_ports(void)
+static void test_ports_of(bool long_mode)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
 	struct consumer c = host_consumer(f, 0);
 	uint32_t port;
 
+	set_long_mode(f, long_mode);
 	for (port = 1; port < NR_PORTS; port++) {
 		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
 		/* Again, which must not make a difference. */
@@ -741,6 +731,52 @@ static void test_ports(void)
 		assert_word(f, port, 0);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_fast"), NR_PORTS - 1);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 0);
+	fifo_vm_free(f);
+}
+
+/* Neither the number of ports nor the layout depends on the guest's mode. */
+static void test_ports(void)
+{
+	test_ports_of(true);
+	test_ports_of(false);
+}
+
+/* A 32-bit guest has the same words, and hypercalls of its own. */
+static void test_32bit(void)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_ops32, SETUP_ALL);
+	struct consumer c = host_consumer(f, 0);
+	uint32_t *args = shared_page(f, SHINFO_PAGE);
+	uint32_t port = NR_PORTS - 1;
+
+	set_long_mode(f, false);
+	xen_add_code32_segment(f->vm, f->vcpus[2]);
+	ASSERT_EQ(set_loopback(f, port, 0, 3, 0), 0);
+
+	args[0] = EVTCHNOP_send;
+	args[1] = port;
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(3));
+	assert_next(&c, port);
+	assert_next(&c, 0);
+
+	*word(f, port) = MASKED;
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	assert_word(f, port, MASKED | PENDING);
+	assert_next(&c, 0);
+
+	/* The poll ends at once, masked or not. */
+	args[0] = SCHEDOP_poll;
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	args[1] = NR_PORTS;
+	ASSERT_EQ((int32_t)vcpu_run_to_sync(f->vcpus[2]), -EINVAL);
+
+	args[0] = EVTCHNOP_unmask;
+	args[1] = port;
+	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
+	assert_word(f, port, PENDING | LINKED);
+	assert_next(&c, port);
 	fifo_vm_free(f);
 }
 
@@ -1171,7 +1207,12 @@ static void test_upcall(void)
 static void test_waiting(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
-	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17;
+	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17, port2 = port1 + PORTS_PER_PAGE;
+	struct kvm_xen_fifo_port_state state = {
+		.vcpu = KVM_XEN_FIFO_NO_VCPU,
+		.priority = 3,
+		.last_vcpu = KVM_XEN_FIFO_NO_VCPU,
+	};
 	struct consumer c = host_consumer(f, 0);
 	uint32_t id = f->vcpus[0]->id;
 
@@ -1191,6 +1232,19 @@ static void test_waiting(void)
 	ASSERT_EQ(set_array_page(f, 1), 0);
 	assert_word(f, port1, PENDING | LINKED);
 	assert_next(&c, port1);
+	assert_next(&c, 0);
+
+	/* While a VM is restored, before the state of its port is. */
+	ASSERT_EQ(send_event(f, port2, id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(set_states(f, port2, 1, &state), 0);
+	ASSERT_EQ(get_states(f, port2, 1, &state), 0);
+	ASSERT_EQ(state.vcpu, id);
+	ASSERT_EQ(state.priority, 3);
+	ASSERT_EQ(state.flags, KVM_XEN_FIFO_PORT_PENDING);
+	ASSERT_EQ(set_array_page(f, 2), 0);
+	assert_word(f, port2, PENDING | LINKED);
+	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(3));
+	assert_next(&c, port2);
 	assert_next(&c, 0);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
 	fifo_vm_free(f);
@@ -1692,14 +1746,6 @@ do {										\
  * Performance
  */
 
-static uint64_t now_ns(void)
-{
-	struct timespec now;
-
-	clock_gettime(CLOCK_MONOTONIC, &now);
-	return timespec_to_ns(now);
-}
-
 /* Sends to the ports from first in steps, without waiting. */
 static void guest_burst(uint64_t nr, uint64_t step)
 {
@@ -1801,6 +1847,7 @@ static const struct {
 	{ "errors", test_errors },
 	{ "wrong-mode", test_wrong_mode },
 	{ "ports", test_ports },
+	{ "32bit", test_32bit },
 	{ "priorities", test_priorities },
 	{ "moves", test_moves },
 	{ "waiting", test_waiting },

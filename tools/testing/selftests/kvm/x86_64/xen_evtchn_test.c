@@ -23,11 +23,7 @@
 #include "apic.h"
 #include "kvm_util.h"
 #include "processor.h"
-
-/* Defined in include/linux/kvm_types.h */
-#define GPA_INVALID		(~(ulong)0)
-
-#define XEN_HYPERCALL_MSR	0x40000000
+#include "xen.h"
 
 /* Arbitrarily chosen, mapped one to one, outside of memslot 0. */
 #define SHARED_GPA		0xc0000000
@@ -49,36 +45,8 @@ enum {
 
 #define GSI			32
 
-/* What the library puts into the GDT, and an entry behind that. */
-#define DEFAULT_CODE_SELECTOR	0x8
-#define CODE32_SELECTOR		0x30
-
-#define __HYPERVISOR_set_timer_op	15
-
-#define __HYPERVISOR_sched_op		29
-#define SCHEDOP_yield			0
-#define SCHEDOP_poll			3
-
-#define __HYPERVISOR_event_channel_op	32
-#define EVTCHNOP_send			4
-#define EVTCHNSTAT_interdomain		2
-
 #define LONG_MODE_PORTS		4096
 #define COMPAT_PORTS		1024
-
-/* struct shared_info of either mode */
-#define SHINFO_PENDING		0x800
-#define LONG_MODE_MASK		0xa00
-#define COMPAT_MASK		0x880
-
-struct vcpu_info {
-	uint8_t evtchn_upcall_pending;
-	uint8_t evtchn_upcall_mask;
-	uint32_t compat_pending_sel;
-	uint64_t pending_sel;
-	uint8_t arch[16];
-	uint8_t time[32];
-};
 
 static int nr_races = 100;
 
@@ -175,16 +143,16 @@ static uint8_t *shared_page(struct xen_vm *x, int page)
 	return x->shared + page * PAGE_SIZE;
 }
 
-static struct vcpu_info *vcpu_info(struct xen_vm *x, int i)
+static struct xen_vcpu_info *vcpu_info(struct xen_vm *x, int i)
 {
 	return (void *)shared_page(x, VCPU_INFO_PAGE + i) + VCPU_INFO_OFFSET;
 }
 
 static uint64_t pending_sel(struct xen_vm *x, int i)
 {
-	struct vcpu_info *vi = vcpu_info(x, i);
+	struct xen_vcpu_info *vi = vcpu_info(x, i);
 
-	return x->long_mode ? READ_ONCE(vi->pending_sel) :
+	return x->long_mode ? READ_ONCE(vi->evtchn_pending_sel) :
 			      READ_ONCE(vi->compat_pending_sel);
 }
 
@@ -195,7 +163,7 @@ static uint64_t sel_bit(struct xen_vm *x, uint32_t port)
 
 static bool port_pending(struct xen_vm *x, uint32_t port)
 {
-	uint8_t *bits = shared_page(x, SHINFO_PAGE) + SHINFO_PENDING;
+	uint8_t *bits = shared_page(x, SHINFO_PAGE) + XEN_SHINFO_PENDING;
 
 	return READ_ONCE(bits[port / 8]) & BIT(port % 8);
 }
@@ -203,7 +171,7 @@ static bool port_pending(struct xen_vm *x, uint32_t port)
 static void mask_port(struct xen_vm *x, uint32_t port)
 {
 	uint8_t *bits = shared_page(x, SHINFO_PAGE) +
-			(x->long_mode ? LONG_MODE_MASK : COMPAT_MASK);
+			(x->long_mode ? XEN_SHINFO_MASK : XEN_SHINFO_COMPAT_MASK);
 
 	bits[port / 8] |= BIT(port % 8);
 }
@@ -276,20 +244,6 @@ static void send_by_irqfd(struct xen_vm *x, uint32_t port, int vcpu)
 	irqfd_destroy(x, fd);
 }
 
-#define wait_for(cond)								\
-do {										\
-	/* Arbitrarily chosen, long enough for a debug kernel on a slow host. */\
-	const time_t limit_secs = 120;						\
-	struct timespec start;							\
-										\
-	clock_gettime(CLOCK_MONOTONIC, &start);					\
-	while (!(cond)) {							\
-		TEST_ASSERT(timespec_elapsed(start).tv_sec < limit_secs,	\
-			    "still false after %ld s: %s", limit_secs, #cond);	\
-		sched_yield();							\
-	}									\
-} while (0)
-
 static void assert_delivered(struct xen_vm *x, uint32_t port, int vcpu,
 			     const char *how)
 {
@@ -323,15 +277,6 @@ static void guest_nothing(void)
 	GUEST_DONE();
 }
 
-static uint64_t hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
-{
-	uint64_t ret;
-
-	asm volatile("vmcall" : "=a"(ret) : "a"(nr), "D"(arg1), "S"(arg2)
-		     : "memory");
-	return ret;
-}
-
 /* A port of the guest whose EVTCHNOP_send goes to a port of the same guest. */
 static int set_send_port(struct xen_vm *x, uint32_t send_port, uint32_t flags,
 			 uint32_t port, int vcpu)
@@ -357,8 +302,8 @@ static uint32_t guest_send_port;
 static void guest_send(void)
 {
 	for (;;)
-		GUEST_SYNC(hypercall(__HYPERVISOR_event_channel_op,
-				     EVTCHNOP_send, (uint64_t)&guest_send_port));
+		GUEST_SYNC(xen_hypercall(__HYPERVISOR_event_channel_op,
+					 EVTCHNOP_send, (uint64_t)&guest_send_port));
 }
 
 static void test_port(struct xen_vm *x, uint32_t port)
@@ -575,8 +520,8 @@ static bool guest_stop;
 static void guest_send_all_the_time(void)
 {
 	while (!READ_ONCE(guest_stop))
-		hypercall(__HYPERVISOR_event_channel_op, EVTCHNOP_send,
-			  (uint64_t)&guest_send_port);
+		xen_hypercall(__HYPERVISOR_event_channel_op, EVTCHNOP_send,
+			      (uint64_t)&guest_send_port);
 	GUEST_SYNC(0);
 }
 
@@ -671,9 +616,9 @@ static void test_port_table(void)
 
 static void clear_event(struct xen_vm *x, uint32_t port)
 {
-	WRITE_ONCE(vcpu_info(x, 0)->pending_sel, 0);
-	WRITE_ONCE(vcpu_info(x, 1)->pending_sel, 0);
-	WRITE_ONCE(*(uint64_t *)(shared_page(x, SHINFO_PAGE) + SHINFO_PENDING +
+	WRITE_ONCE(vcpu_info(x, 0)->evtchn_pending_sel, 0);
+	WRITE_ONCE(vcpu_info(x, 1)->evtchn_pending_sel, 0);
+	WRITE_ONCE(*(uint64_t *)(shared_page(x, SHINFO_PAGE) + XEN_SHINFO_PENDING +
 				 port / 64 * 8), 0);
 }
 
@@ -731,8 +676,8 @@ static void guest_poll_one(void)
 {
 	guest_poll.ports = (uint64_t)&guest_poll_port;
 	guest_poll.nr_ports = 1;
-	GUEST_SYNC(hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
-			     (uint64_t)&guest_poll));
+	GUEST_SYNC(xen_hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
+				 (uint64_t)&guest_poll));
 }
 
 static void *thread_add_memslot(void *vm)
@@ -856,7 +801,7 @@ static void test_mode_race(void)
 	for (i = 0; i < nr_races * 1000; i++) {
 		uint32_t port = COMPAT_PORTS * 2 + i * 32 % COMPAT_PORTS;
 
-		shared_page(x, SHINFO_PAGE)[SHINFO_PENDING + port / 8] = 0;
+		shared_page(x, SHINFO_PAGE)[XEN_SHINFO_PENDING + port / 8] = 0;
 		err = send_by_ioctl(x, port, 0);
 		TEST_ASSERT(!err || err == EINVAL,
 			    "port %u: errno %d, expected none or EINVAL", port, err);
@@ -881,30 +826,6 @@ struct guest_hypercall {
 
 static struct guest_hypercall guest_hypercall;
 
-/* Arguments in ebx, ecx and edx, made by code in a 32-bit segment. */
-static uint32_t hypercall32(uint32_t nr, uint32_t arg1, uint32_t arg2, uint32_t arg3)
-{
-	uint32_t ret;
-
-	/* The compiler may use the 128 bytes below the stack pointer. */
-	asm volatile("add $-128, %%rsp\n\t"
-		     "pushq %[cs32]\n\t"
-		     "pushq $1f\n\t"
-		     "lretq\n\t"
-		     ".code32\n"
-		     "1:\n\t"
-		     "vmcall\n\t"
-		     "ljmp %[cs64], $2f\n\t"
-		     ".code64\n"
-		     "2:\n\t"
-		     "sub $-128, %%rsp\n\t"
-		     : "=a"(ret)
-		     : "a"(nr), "b"(arg1), "c"(arg2), "d"(arg3),
-		       [cs32]"i"(CODE32_SELECTOR), [cs64]"i"(DEFAULT_CODE_SELECTOR)
-		     : "memory", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15");
-	return ret;
-}
-
 static void guest_make_hypercalls(void)
 {
 	struct guest_hypercall *h = &guest_hypercall;
@@ -913,7 +834,7 @@ static void guest_make_hypercalls(void)
 
 	for (;;) {
 		if (h->compat)
-			h->ret = (int32_t)hypercall32(h->nr, h->arg1, h->arg2, h->arg3);
+			h->ret = (int32_t)xen_hypercall32(h->nr, h->arg1, h->arg2, h->arg3);
 		else
 			asm volatile("vmcall" : "=a"(h->ret)
 				     : "a"(h->nr), "D"(h->arg1), "S"(h->arg2), "d"(h->arg3)
@@ -938,17 +859,6 @@ static int64_t make_hypercall(struct xen_vm *x, bool compat, uint64_t nr,
 {
 	set_guest_hypercall(x, compat, nr, arg1, arg2, arg3);
 	return vcpu_run_to_sync(x->vcpus[0]);
-}
-
-static void add_compat_code_segment(struct xen_vm *x)
-{
-	struct kvm_sregs sregs;
-	uint64_t *gdt;
-
-	vcpu_sregs_get(x->vcpus[0], &sregs);
-	gdt = addr_gva2hva(x->vm, sregs.gdt.base);
-	/* Base 0, limit 4 GiB, present, code, readable, 32 bits */
-	gdt[CODE32_SELECTOR / 8] = 0x00cf9b000000ffff;
 }
 
 static void write_arg(struct xen_vm *x, vm_vaddr_t gva, const void *data, int len)
@@ -1037,7 +947,7 @@ static void test_arguments(void)
 	virt_map(x->vm, ARGS_GVA, PAGE_GPA(ARGS_PAGES), 1);
 	virt_map(x->vm, ARGS_GVA + PAGE_SIZE, PAGE_GPA(ARGS_PAGES + 2), 1);
 	vcpu_run_to_sync(x->vcpus[0]);
-	add_compat_code_segment(x);
+	xen_add_code32_segment(x->vm, x->vcpus[0]);
 
 	for (mode = 0; mode < 2; mode++) {
 		set_long_mode(x, mode);
@@ -1266,22 +1176,22 @@ static uint64_t pvclock_read(volatile struct pvclock *clock)
 /* Reports how much too early, by its own clock, the timer expires at worst. */
 static void guest_time_timer(void)
 {
-	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
-	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + SHINFO_PENDING;
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + XEN_SHINFO_PENDING;
 	struct pvclock *clock = (void *)vi->time;
 	uint64_t deadline, now, early = 0;
 	int i;
 
 	for (i = 0; i < 100; i++) {
 		deadline = pvclock_read(clock) + 100000;
-		hypercall(__HYPERVISOR_set_timer_op, deadline, 0);
+		xen_hypercall(__HYPERVISOR_set_timer_op, deadline, 0);
 		while (!READ_ONCE(*pending))
 			asm volatile("pause");
 		now = pvclock_read(clock);
 		if (now < deadline && deadline - now > early)
 			early = deadline - now;
 		WRITE_ONCE(*pending, 0);
-		vi->pending_sel = 0;
+		vi->evtchn_pending_sel = 0;
 	}
 	GUEST_SYNC(early);
 }
@@ -1356,7 +1266,7 @@ static void test_alignment(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
 	const uint64_t page = PAGE_GPA(TIME_INFO_PAGE);
-	const int last = PAGE_SIZE - sizeof(struct vcpu_info);
+	const int last = PAGE_SIZE - sizeof(struct xen_vcpu_info);
 	int mode, offset;
 	uint8_t *vi;
 
@@ -1570,23 +1480,23 @@ static const struct test_case {
 #define NR_PERF_EVENTS		2000
 #define PERF_PORT		8
 
-static void take_event(struct vcpu_info *vi, uint64_t *pending)
+static void take_event(struct xen_vcpu_info *vi, uint64_t *pending)
 {
-	WRITE_ONCE(vi->pending_sel, 0);
+	WRITE_ONCE(vi->evtchn_pending_sel, 0);
 	WRITE_ONCE(*pending, 0);
 }
 
 static void guest_perf(void)
 {
-	struct vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
-	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + SHINFO_PENDING;
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + XEN_SHINFO_PENDING;
 	int i;
 
 	for (;;) {
 		for (i = 0; i < NR_PERF_EVENTS; i++) {
 			take_event(vi, pending);
-			hypercall(__HYPERVISOR_event_channel_op, EVTCHNOP_send,
-				  (uint64_t)&guest_send_port);
+			xen_hypercall(__HYPERVISOR_event_channel_op, EVTCHNOP_send,
+				      (uint64_t)&guest_send_port);
 		}
 		GUEST_SYNC(0);
 	}
@@ -1629,7 +1539,7 @@ static void measure(void)
 		{ "hypercall", perf_hypercall },
 	};
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_perf);
-	uint64_t *pending = (void *)shared_page(x, SHINFO_PAGE) + SHINFO_PENDING;
+	uint64_t *pending = (void *)shared_page(x, SHINFO_PAGE) + XEN_SHINFO_PENDING;
 	int fd = irqfd_create(x, PERF_PORT, 0);
 	struct timespec start, elapsed;
 	int i;

@@ -1,0 +1,97 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * What tests use of Xen's ABI, in the layout that a 64-bit guest sees, and of
+ * KVM's own interface to it.
+ */
+#ifndef SELFTEST_KVM_XEN_H
+#define SELFTEST_KVM_XEN_H
+
+#include "kvm_util.h"
+#include "processor.h"
+
+/* Says in an attribute that there is no such page. */
+#define GPA_INVALID				(~0ul)
+
+/* Any that is free; this one is the first of those that KVM allows. */
+#define XEN_HYPERCALL_MSR			0x40000000
+
+#define __HYPERVISOR_set_timer_op		15
+
+#define __HYPERVISOR_sched_op			29
+#define SCHEDOP_yield				0
+#define SCHEDOP_poll				3
+
+#define __HYPERVISOR_event_channel_op		32
+#define EVTCHNOP_send				4
+#define EVTCHNOP_unmask				9
+
+#define EVTCHNSTAT_interdomain			2
+
+/* struct shared_info: evtchn_pending[] in either mode, evtchn_mask[] */
+#define XEN_SHINFO_PENDING			0x800
+#define XEN_SHINFO_MASK				0xa00
+#define XEN_SHINFO_COMPAT_MASK			0x880
+
+struct xen_vcpu_info {
+	uint8_t evtchn_upcall_pending;
+	uint8_t evtchn_upcall_mask;
+	uint32_t compat_pending_sel;	/* where a 32-bit guest has its own */
+	uint64_t evtchn_pending_sel;
+	uint8_t arch[16];
+	uint8_t time[32];
+};
+
+/* For use by guest code, in 64-bit mode. */
+static inline uint64_t xen_hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
+{
+	uint64_t ret;
+
+	asm volatile("vmcall" : "=a"(ret) : "a"(nr), "D"(arg1), "S"(arg2)
+		     : "memory");
+	return ret;
+}
+
+/* What the library puts into the GDT, and an entry behind that. */
+#define XEN_CODE64_SELECTOR			0x8
+#define XEN_CODE32_SELECTOR			0x30
+
+static inline void xen_add_code32_segment(struct kvm_vm *vm, struct kvm_vcpu *vcpu)
+{
+	struct kvm_sregs sregs;
+	uint64_t *gdt;
+
+	vcpu_sregs_get(vcpu, &sregs);
+	gdt = addr_gva2hva(vm, sregs.gdt.base);
+	/* Base 0, limit 4 GiB, present, code, readable, 32 bits */
+	gdt[XEN_CODE32_SELECTOR / 8] = 0x00cf9b000000ffff;
+}
+
+/*
+ * The hypercall of a 32-bit guest: by code in a 32-bit segment, see above, with
+ * arguments in ebx, ecx and edx.  For use by guest code, in 64-bit mode.
+ */
+static inline uint32_t xen_hypercall32(uint32_t nr, uint32_t arg1, uint32_t arg2,
+				       uint32_t arg3)
+{
+	uint32_t ret;
+
+	/* The compiler may use the 128 bytes below the stack pointer. */
+	asm volatile("add $-128, %%rsp\n\t"
+		     "pushq %[cs32]\n\t"
+		     "pushq $1f\n\t"
+		     "lretq\n\t"
+		     ".code32\n"
+		     "1:\n\t"
+		     "vmcall\n\t"
+		     "ljmp %[cs64], $2f\n\t"
+		     ".code64\n"
+		     "2:\n\t"
+		     "sub $-128, %%rsp\n\t"
+		     : "=a"(ret)
+		     : "a"(nr), "b"(arg1), "c"(arg2), "d"(arg3),
+		       [cs32]"i"(XEN_CODE32_SELECTOR), [cs64]"i"(XEN_CODE64_SELECTOR)
+		     : "memory", "r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15");
+	return ret;
+}
+
+#endif /* SELFTEST_KVM_XEN_H */
