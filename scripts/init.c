@@ -37,12 +37,14 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #define KSFT_SKIP	4
 #define MAX_TOLERATED	64
+#define PREEMPT_MODEL	"/sys/kernel/debug/sched/preempt"
 
 /* Lines of the kernel log that no healthy run prints. */
 static const char splat_pattern[] =
@@ -498,6 +500,7 @@ int main(void)
 {
 	struct rlimit lim = { 65536, 65536 };
 	char splat[1024] = "";
+	struct utsname uts;
 	int fd;
 
 	mount_at("devtmpfs", "/dev", true);
@@ -536,6 +539,11 @@ int main(void)
 	kmsg_fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	if (kmsg_fd < 0)
 		give_up("/dev/kmsg");
+
+	/* See CONFIG_PREEMPT_NONE in scripts/kconfig/debug.config. */
+	if (!uname(&uts) && strstr(uts.version, "PREEMPT_DYNAMIC") &&
+	    !write_file(PREEMPT_MODEL, "full"))
+		give_up(PREEMPT_MODEL);
 
 	wait_for_clock();
 

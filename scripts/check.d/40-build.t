@@ -17,7 +17,7 @@ new_warnings() {
 		src=$("$TOP/scripts/src" $which) || return
 		mkdir -p "$src/$o"
 		cp "$src/o-$arch-plain/.config" "$src/$o/.config"
-		make -s -C "$src" O="$o" "${kernel_make[@]}" CC="$kernel_cc" -j"$JOBS" olddefconfig prepare
+		kmake "$src" "$o" olddefconfig prepare
 		: > "$work/$which"
 		for f in "${files[@]}"; do
 			# Not those that this kernel lacks, or that another file includes.

@@ -5,8 +5,8 @@
 #
 # Runs in the machine of scripts/guest: starts a guest under QEMU's KVM, takes
 # memory from it and gives it back, saves and restores it while it works (not
-# Xen's), and looks at KVM's statistics of each of its lives.  The output is the guest's console
-# and, last, "figures:" and the statistics.
+# Xen's), and looks at KVM's statistics of each of its lives.  The output is the
+# guest's console and, last, "figures:" and the statistics.
 #
 # Exit code: 0 if the guest works to its end and the statistics are as they should be.
 guest=$1

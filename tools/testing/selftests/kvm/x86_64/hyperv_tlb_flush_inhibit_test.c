@@ -993,6 +993,7 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 
 static void test_events(void)
 {
+	struct kvm_vcpu_events events;
 	struct test_vm t;
 	uint64_t i;
 
@@ -1051,6 +1052,25 @@ static void test_events(void)
 	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
 	wait_count(&t.ctx[1]->irqs, 1, "interrupts");
 	runner_wait_blocked(&t.runners[1], 2);
+	release(&t, TARGET, OWNER);
+	finish(&t, 1, 2);
+	kvm_vm_free(t.vm);
+
+	/* Nor does MOV SS defer an NMI, here one that came with the shadow. */
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+	interrupt(&t.runners[1]);
+	vcpu_events_get(t.vcpus[1], &events);
+	events.flags = KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_NMI_PENDING;
+	events.interrupt.shadow = KVM_X86_SHADOW_INT_MOV_SS;
+	events.nmi.pending = 1;
+	vcpu_events_set(t.vcpus[1], &events);
+	start(&t, 1);
+	wait_count(&t.ctx[1]->nmis, 1, "NMIs");
+	runner_wait_blocked(&t.runners[1], 2);
+	check_no_cpu_time(&t, 1);
 	release(&t, TARGET, OWNER);
 	finish(&t, 1, 2);
 	kvm_vm_free(t.vm);

@@ -41,6 +41,8 @@
 static unsigned int nr_vcpus = 4;
 static unsigned int nr_chaos = 2;
 static unsigned int nr_ops = 300;
+static unsigned int nr_secs;
+static uint64_t end_ns;
 static bool do_runstate;
 static unsigned int seed;
 
@@ -51,7 +53,7 @@ static struct kvm_vcpu *vcpus[MAX_VCPUS];
 static int irqfds[MAX_VCPUS];
 static char *mem;
 static bool stop;
-static unsigned long nr_signals, nr_sends, nr_runs;
+static unsigned long nr_done, nr_signals, nr_sends, nr_runs;
 
 /* Only one thread at a time changes the mappings; the others look on. */
 static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -195,6 +197,10 @@ static void *vcpu_fn(void *arg)
 
 	while (!stopped()) {
 		vcpu_run(vcpu);
+		TEST_ASSERT(vcpu->run->exit_reason == KVM_EXIT_IO,
+			    "vCPU %u: expected exit reason %s, got %s", vcpu->id,
+			    exit_reason_str(KVM_EXIT_IO),
+			    exit_reason_str(vcpu->run->exit_reason));
 		count(&nr_runs);
 	}
 	return NULL;
@@ -297,6 +303,11 @@ static void check(int ret, const char *what)
 	TEST_ASSERT(!ret, "%s: %s", what, strerror(errno));
 }
 
+static bool chaos_ends(unsigned int op)
+{
+	return nr_secs ? now_ns() >= end_ns : op == nr_ops;
+}
+
 static void *chaos_fn(void *arg)
 {
 	unsigned int state = seed + (unsigned long)arg;
@@ -304,7 +315,7 @@ static void *chaos_fn(void *arg)
 	size_t size;
 	char *p;
 
-	for (op = 0; op < nr_ops; op++) {
+	for (op = 0; !chaos_ends(op); op++, count(&nr_done)) {
 		nr = rand_r(&state) % nr_pages;
 		n = 1 + rand_r(&state) % (nr_pages - nr);
 		p = mem + nr * page_size;
@@ -382,11 +393,13 @@ static pthread_t create(void *(*fn)(void *), void *arg)
 
 static void usage(const char *name)
 {
-	printf("Usage: %s [-h] [-c threads] [-n operations] [-r] [-s seed] [-v vcpus]\n"
+	printf("Usage: %s [-h] [-r] [-c threads] [-n operations] [-s seed] [-t seconds]\n"
+	       "       [-v vcpus]\n"
 	       " -c: threads that change the memory (default: %u)\n"
 	       " -n: what each of them does, how often (default: %u)\n"
 	       " -r: write runstates too\n"
 	       " -s: seed (default: random)\n"
+	       " -t: for how long, instead of how often\n"
 	       " -v: vCPUs, up to %u (default: %u)\n",
 	       name, nr_chaos, nr_ops, MAX_VCPUS, nr_vcpus);
 	exit(KSFT_FAIL);
@@ -401,7 +414,7 @@ int main(int argc, char *argv[])
 
 	TEST_ASSERT(getrandom(&seed, sizeof(seed), 0) == sizeof(seed), "getrandom()");
 
-	while ((opt = getopt(argc, argv, "c:hn:rs:v:")) != -1) {
+	while ((opt = getopt(argc, argv, "c:hn:rs:t:v:")) != -1) {
 		switch (opt) {
 		case 'c':
 			nr_chaos = atoi(optarg);
@@ -414,6 +427,9 @@ int main(int argc, char *argv[])
 			break;
 		case 's':
 			seed = strtoul(optarg, NULL, 0);
+			break;
+		case 't':
+			nr_secs = atoi(optarg);
 			break;
 		case 'v':
 			nr_vcpus = atoi(optarg);
@@ -428,8 +444,8 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
 
 	page_size = getpagesize();
-	printf("seed %#x, %u vCPUs, %u threads of %u operations\n", seed, nr_vcpus,
-	       nr_chaos, nr_ops);
+	printf("seed %#x, %u vCPUs, %u threads of %u %s\n", seed, nr_vcpus, nr_chaos,
+	       nr_secs ?: nr_ops, nr_secs ? "seconds" : "operations");
 
 	create_vm();
 	write_file("/sys/kernel/mm/ksm/run", "1");
@@ -440,6 +456,7 @@ int main(int argc, char *argv[])
 	threads[nr++] = create(send_fn, NULL);
 	threads[nr++] = create(fresh_fn, NULL);
 
+	end_ns = now_ns() + nr_secs * 1000000000ull;
 	chaos = calloc(nr_chaos, sizeof(*chaos));
 	TEST_ASSERT(chaos, "calloc()");
 	for (i = 0; i < nr_chaos; i++)
@@ -467,7 +484,11 @@ int main(int argc, char *argv[])
 		wait_for(pending(1 + i));
 	}
 
-	printf("%lu signals, %lu sends, %lu runs\n", nr_signals, nr_sends, nr_runs);
+	TEST_ASSERT(nr_done >= nr_chaos && nr_signals && nr_sends && nr_runs,
+		    "a thread got nowhere: %lu operations, %lu signals, %lu sends, %lu runs",
+		    nr_done, nr_signals, nr_sends, nr_runs);
+	printf("%lu operations, %lu signals, %lu sends, %lu runs\n", nr_done, nr_signals,
+	       nr_sends, nr_runs);
 	kvm_vm_free(vm);
 	return 0;
 }
