@@ -3,8 +3,8 @@
 # shellcheck shell=dash
 # usage: /busybox sh /host.sh x86_64|xen|arm64
 #
-# Runs in the machine of scripts/guest: starts a guest under QEMU's KVM, takes
-# memory from it and gives it back, saves and restores it while it works (not
+# Runs in the machine of scripts/guest: starts a guest under QEMU's KVM, balloons,
+# plugs, swaps out and unplugs its memory, saves and restores it while it works (not
 # Xen's), and looks at KVM's statistics of each of its lives.  The output is the
 # guest's console and, last, "figures:" and the statistics.
 #
@@ -38,9 +38,9 @@ esac
 # Statistics that have to be above zero, zero, and below a twentieth of the hits.
 case $guest in
 arm64)	qemu=qemu-system-aarch64 append='console=ttyAMA0'
-	moved='exits lpis lpi_translation_hits' still='' few='lpi_translation_misses lpi_inatomic_fallbacks' ;;
+	moved='exits lpis lpi_translation_hits memslot_grace_periods' still='' few='lpi_translation_misses lpi_inatomic_fallbacks' ;;
 *)	qemu=qemu-system-x86_64 append='console=ttyS0 no_timer_check'
-	moved='exits irq_injections pfncache_refresh' still='pfncache_overflow' few='' ;;
+	moved='exits irq_injections pfncache_refresh memslot_grace_periods' still='pfncache_overflow' few='' ;;
 esac
 
 [ -d /mnt/usr ] || {
@@ -49,6 +49,10 @@ esac
 		mount -o bind /$d /mnt/$d
 	done
 	mount -o bind / /mnt/mnt
+	# What the guest's memory is swapped out to.
+	{ mkswap /dev/vdb && swapon /dev/vdb; } > /dev/null || die "no swap on /dev/vdb"
+	echo +memory > /sys/fs/cgroup/cgroup.subtree_control
+	mkdir /sys/fs/cgroup/guest
 }
 
 # The guest is told by its console's input and by QEMU's monitor, both FIFOs that
@@ -60,15 +64,18 @@ touch /tmp/console /tmp/answers
 dd if=/dev/zero of=/tmp/disk bs=1M count=1 2> /dev/null
 trap 'kill $pid 2> /dev/null' EXIT
 
-# start [OPTION...]: QEMU, with further options
+# start [OPTION...]: QEMU, with further options, in a cgroup of its own
 start() {
-	# shellcheck disable=SC2086 # words, by intent
-	chroot /mnt /usr/bin/$qemu $machine -smp 2 -m 256 -nodefaults -nic none -display none -no-reboot \
+	# shellcheck disable=SC2016,SC2086 # expanded there; words, by intent
+	sh -c 'echo 0 > /sys/fs/cgroup/guest/cgroup.procs && exec "$@"' start \
+		chroot /mnt /usr/bin/$qemu $machine -smp 2 -m 256,maxmem=1G -nodefaults -nic none -display none -no-reboot \
 		-kernel /mnt/guest/kernel -initrd /mnt/guest/initrd \
-		-append "$append loglevel=4 panic=-1 panic_on_warn=1 kunit.enable=0 guest=$guest" \
+		-append "$append loglevel=4 memhp_default_state=online_movable panic=-1 panic_on_warn=1 kunit.enable=0 guest=$guest" \
 		-chardev file,id=console,path=/tmp/console,append=on,input-path=/tmp/input -serial chardev:console \
 		-object iothread,id=io -drive if=none,id=disk,file=/tmp/disk,format=raw \
 		-device virtio-blk-pci,drive=disk,iothread=io -device virtio-rng-pci -device virtio-balloon-pci,id=balloon \
+		-object memory-backend-ram,id=ram,size=512M,reserve=off \
+		-device virtio-mem-pci,id=plug,memdev=ram,dynamic-memslots=on \
 		-monitor stdio "$@" < /tmp/commands >> /tmp/answers 2>&1 &
 	pid=$!
 }
@@ -98,7 +105,7 @@ ask() {
 }
 
 value() { cat /sys/kernel/debug/kvm/$pid-*/"$1" 2> /dev/null || echo missing; }
-figures='' bad=''
+bad=''
 # judge WHEN: look at the statistics, add to figures and bad
 judge() {
 	for s in $moved $still $few; do
@@ -112,6 +119,14 @@ judge() {
 	done
 }
 
+# plug MIB: how much of the pluggable memory the guest shall have
+plug() {
+	: > /tmp/answers
+	echo "qom-set plug requested-size $1M" >&4
+	ask 'info memory-devices' "^  size: $(($1 * 1048576))[^0-9]*$"
+	next 1
+}
+
 start
 next 1
 for mib in 160 256; do
@@ -119,6 +134,14 @@ for mib in 160 256; do
 	ask 'info balloon' "actual=$mib"
 	next 1
 done
+plug 512
+ins=$(value page_in)
+echo 128M > /sys/fs/cgroup/guest/memory.reclaim || die "cannot swap out 128 MiB"
+out=$(($(cat /sys/fs/cgroup/guest/memory.swap.current) / 1048576))
+next 1
+ins=$(($(value page_in) - ins))
+figures=" swapped out $out MiB, page_in=$ins"
+{ [ $out -gt 0 ] && [ $ins -gt 0 ]; } || die "swapped out $out MiB, brought in $ins pages, expected some"
 # QEMU 10 does not migrate a Xen guest ("non-migratable device: xen_xenstore").
 if [ "$guest" != xen ]; then
 	judge 'before saving'
@@ -131,8 +154,10 @@ if [ "$guest" != xen ]; then
 	echo "saved, $(($(stat -c %s /tmp/state) / 1048576)) MiB"
 	: > /tmp/answers
 	start -incoming file:/tmp/state
+	ask 'info status' 'VM status: running'
 	figures="$figures; restored:"
 fi
+plug 0
 next 3
 echo >&3
 hear 'done'

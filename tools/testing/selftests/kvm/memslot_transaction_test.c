@@ -47,6 +47,7 @@
 #define PERF_GPA		(TEST_GPA + SZ_16M)
 #define PERF_PAGE_SIZE		4096
 #define NR_PERF_PAGES		4096
+#define PERF_ROUNDS		40
 
 /* What a probe finds where there is no slot. */
 #define NO_SLOT			0xdeadull
@@ -383,6 +384,10 @@ static void test_errors(void)
 		  regions(region(0, 0, 5, 0, 0), region(1, 4, 4, 4, 0)) },
 		{ "overlap with a slot that gets other flags", EEXIST, 0,
 		  regions(region(0, 0, 5, 0, 0), region(1, 4, 4, 4, KVM_MEM_LOG_DIRTY_PAGES)) },
+		{ "overlap with a slot that is replaced", EEXIST, 1,
+		  regions(region(1, 4, 4, 8, 0), region(2, 7, 1, 7, 0)) },
+		{ "overlap with a slot that is replaced by a later entry", EEXIST, 0,
+		  regions(region(2, 7, 1, 7, 0), region(1, 4, 4, 8, 0)) },
 		{ "overlap of two new slots", EEXIST, 2,
 		  regions(shrink_0, create_2, region(3, 11, 1, 0, 0)) },
 		{ "overlap with where a slot moves to", EEXIST, 1,
@@ -933,12 +938,12 @@ static void measure_transactions(void)
 		vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &entries[1][i]);
 	}
 
-	for (i = 0; i < 10; i++)
+	for (i = 0; i < PERF_ROUNDS; i++)
 		single = min(single, replace_one_by_one(entries[i % 2]));
 
 	best = single;
 	if (kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS)) {
-		for (i = 0; i < 10; i++)
+		for (i = 0; i < PERF_ROUNDS; i++)
 			best = min(best, replace_together(entries[i % 2]));
 	}
 	printf("perf: replace_128_slots_one_by_one ns %lu\n", single);

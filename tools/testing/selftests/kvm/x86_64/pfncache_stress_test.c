@@ -117,13 +117,7 @@ static void set_caches(unsigned int i)
 
 static int send_event(unsigned int i, unsigned int port)
 {
-	struct kvm_irq_routing_xen_evtchn uxe = {
-		.port = port,
-		.vcpu = i,
-		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
-	};
-
-	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &uxe) ? -errno : 0;
+	return -xen_send_event(vm, port, i, KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL);
 }
 
 static void map_slot(size_t size)
@@ -146,7 +140,6 @@ static void create_vm(void)
 		.u.timer.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
 	};
 	struct kvm_irq_routing *routing;
-	struct kvm_irqfd irqfd = {};
 	unsigned int i;
 
 	vm = vm_create_with_vcpus(nr_vcpus, guest_code, vcpus);
@@ -185,9 +178,7 @@ static void create_vm(void)
 
 		irqfds[i] = eventfd(0, EFD_NONBLOCK);
 		TEST_ASSERT(irqfds[i] >= 0, "eventfd(): %s", strerror(errno));
-		irqfd.fd = irqfds[i];
-		irqfd.gsi = 32 + i;
-		vm_ioctl(vm, KVM_IRQFD, &irqfd);
+		kvm_irqfd(vm, 32 + i, irqfds[i], 0);
 	}
 }
 

@@ -149,7 +149,7 @@ static int __set_shinfo(uint64_t gfn)
 		.u.shared_info.gfn = gfn,
 	};
 
-	return __vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &attr);
+	return xen_set_vm_attr(vm, attr);
 }
 
 static void set_shinfo(unsigned int nr)
@@ -161,13 +161,7 @@ static void set_shinfo(unsigned int nr)
 
 static int send_event(unsigned int port)
 {
-	struct kvm_irq_routing_xen_evtchn uxe = {
-		.port = port,
-		.vcpu = 0,
-		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
-	};
-
-	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &uxe) ? -errno : 0;
+	return -xen_send_event(vm, port, 0, KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL);
 }
 
 static void expect_send(unsigned int port, int expected)
@@ -256,7 +250,6 @@ static void create_vm(size_t nr_pages)
 		struct kvm_irq_routing info;
 		struct kvm_irq_routing_entry entries[NR_IRQFDS];
 	} routes = { .info.nr = NR_IRQFDS };
-	struct kvm_irqfd irqfd = {};
 	unsigned int i;
 
 	create_threads();
@@ -285,11 +278,8 @@ static void create_vm(size_t nr_pages)
 	}
 	vm_ioctl(vm, KVM_SET_GSI_ROUTING, &routes.info);
 
-	for (i = 0; i < NR_IRQFDS; i++) {
-		irqfd.fd = irqfds[i];
-		irqfd.gsi = GSI + i;
-		vm_ioctl(vm, KVM_IRQFD, &irqfd);
-	}
+	for (i = 0; i < NR_IRQFDS; i++)
+		kvm_irqfd(vm, GSI + i, irqfds[i], 0);
 }
 
 static int open_gate(void)
@@ -975,7 +965,7 @@ static void test_bad_address(void)
 		    shinfo_pending());
 
 	/* An address without a memslot can be set, and used later. */
-	TEST_ASSERT(__set_shinfo(0xd0000) && errno == EFAULT, "expected EFAULT, got %d", errno);
+	TEST_ASSERT(__set_shinfo(0xd0000) == EFAULT, "expected EFAULT, got %d", errno);
 	expect_send(5, -EFAULT);
 	set_shinfo(SHINFO_PAGE);
 	expect_send(5, 0);

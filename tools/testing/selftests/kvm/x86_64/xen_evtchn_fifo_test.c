@@ -350,7 +350,7 @@ static void guest_hostile(uint64_t state, uint64_t i)
 
 static int set_vm_attr(struct fifo_vm *f, struct kvm_xen_hvm_attr attr)
 {
-	return __vm_ioctl(f->vm, KVM_XEN_HVM_SET_ATTR, &attr) ? errno : 0;
+	return xen_set_vm_attr(f->vm, attr);
 }
 
 static int get_vm_attr(struct fifo_vm *f, struct kvm_xen_hvm_attr *attr)
@@ -360,7 +360,7 @@ static int get_vm_attr(struct fifo_vm *f, struct kvm_xen_hvm_attr *attr)
 
 static int set_vcpu_attr(struct fifo_vm *f, int i, struct kvm_xen_vcpu_attr attr)
 {
-	return __vcpu_ioctl(f->vcpus[i], KVM_XEN_VCPU_SET_ATTR, &attr) ? errno : 0;
+	return xen_set_vcpu_attr(f->vcpus[i], attr);
 }
 
 static int get_vcpu_attr(struct fifo_vm *f, int i, struct kvm_xen_vcpu_attr *attr)
@@ -555,11 +555,7 @@ static void make_absent(struct fifo_vm *f, int page)
 static int send_event(struct fifo_vm *f, uint32_t port, uint32_t vcpu_id,
 		      uint32_t priority)
 {
-	struct kvm_irq_routing_xen_evtchn evtchn = {
-		.port = port, .vcpu = vcpu_id, .priority = priority,
-	};
-
-	return __vm_ioctl(f->vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
+	return xen_send_event(f->vm, port, vcpu_id, priority);
 }
 
 /* One irqfd for each of the ports, in fds. */
@@ -567,7 +563,6 @@ static void irqfds_create(struct fifo_vm *f, const uint32_t *ports, int nr,
 			  int vcpu, uint32_t priority, int *fds)
 {
 	struct kvm_irq_routing *routing;
-	struct kvm_irqfd irqfd = { };
 	int i;
 
 	routing = calloc(1, sizeof(*routing) + nr * sizeof(routing->entries[0]));
@@ -583,26 +578,16 @@ static void irqfds_create(struct fifo_vm *f, const uint32_t *ports, int nr,
 	vm_ioctl(f->vm, KVM_SET_GSI_ROUTING, routing);
 	free(routing);
 
-	for (i = 0; i < nr; i++) {
-		fds[i] = eventfd(0, 0);
-		TEST_ASSERT(fds[i] >= 0, "eventfd() failed: %s", strerror(errno));
-		irqfd.fd = fds[i];
-		irqfd.gsi = FIRST_GSI + i;
-		vm_ioctl(f->vm, KVM_IRQFD, &irqfd);
-	}
+	for (i = 0; i < nr; i++)
+		fds[i] = kvm_irqfd_create(f->vm, FIRST_GSI + i);
 }
 
 static void irqfds_destroy(struct fifo_vm *f, int nr, int *fds)
 {
-	struct kvm_irqfd irqfd = { .flags = KVM_IRQFD_FLAG_DEASSIGN };
 	int i;
 
-	for (i = 0; i < nr; i++) {
-		irqfd.fd = fds[i];
-		irqfd.gsi = FIRST_GSI + i;
-		vm_ioctl(f->vm, KVM_IRQFD, &irqfd);
-		close(fds[i]);
-	}
+	for (i = 0; i < nr; i++)
+		kvm_irqfd_destroy(f->vm, FIRST_GSI + i, fds[i]);
 }
 
 /* Have the guest's EVTCHNOP_send to the port deliver to it. */

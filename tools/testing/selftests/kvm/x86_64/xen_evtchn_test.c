@@ -59,7 +59,7 @@ struct xen_vm {
 
 static int set_vm_attr(struct xen_vm *x, struct kvm_xen_hvm_attr attr)
 {
-	return __vm_ioctl(x->vm, KVM_XEN_HVM_SET_ATTR, &attr) ? errno : 0;
+	return xen_set_vm_attr(x->vm, attr);
 }
 
 static struct kvm_xen_hvm_attr get_vm_attr(struct xen_vm *x, uint16_t type)
@@ -72,7 +72,7 @@ static struct kvm_xen_hvm_attr get_vm_attr(struct xen_vm *x, uint16_t type)
 
 static int set_vcpu_attr(struct kvm_vcpu *vcpu, struct kvm_xen_vcpu_attr attr)
 {
-	return __vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &attr) ? errno : 0;
+	return xen_set_vcpu_attr(vcpu, attr);
 }
 
 static void set_long_mode(struct xen_vm *x, bool long_mode)
@@ -190,13 +190,8 @@ static void make_absent(struct xen_vm *x, int page)
 
 static int send_by_ioctl(struct xen_vm *x, uint32_t port, int vcpu)
 {
-	struct kvm_irq_routing_xen_evtchn evtchn = {
-		.port = port,
-		.vcpu = x->vcpus[vcpu]->id,
-		.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
-	};
-
-	return __vm_ioctl(x->vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
+	return xen_send_event(x->vm, port, x->vcpus[vcpu]->id,
+			      KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL);
 }
 
 /* Returns an irqfd that sends to the port. */
@@ -217,22 +212,14 @@ static int irqfd_create(struct xen_vm *x, uint32_t port, int vcpu)
 			},
 		},
 	};
-	struct kvm_irqfd irqfd = { .fd = eventfd(0, 0), .gsi = GSI };
 
-	TEST_ASSERT(irqfd.fd >= 0, "eventfd() failed: %s", strerror(errno));
 	vm_ioctl(x->vm, KVM_SET_GSI_ROUTING, &routing.info);
-	vm_ioctl(x->vm, KVM_IRQFD, &irqfd);
-	return irqfd.fd;
+	return kvm_irqfd_create(x->vm, GSI);
 }
 
 static void irqfd_destroy(struct xen_vm *x, int fd)
 {
-	struct kvm_irqfd irqfd = {
-		.fd = fd, .gsi = GSI, .flags = KVM_IRQFD_FLAG_DEASSIGN,
-	};
-
-	vm_ioctl(x->vm, KVM_IRQFD, &irqfd);
-	close(fd);
+	kvm_irqfd_destroy(x->vm, GSI, fd);
 }
 
 /* The irqfd does its work at once, unless a page is absent. */

@@ -77,7 +77,6 @@ int __kvm_signal_msi(struct kvm_vm *vm, uint64_t doorbell, uint32_t flags,
 void kvm_gsi_routing_msi_add(struct kvm_irq_routing *routing, uint32_t gsi,
 			     uint64_t doorbell, uint32_t device_id,
 			     uint32_t event_id);
-int kvm_irqfd_create(struct kvm_vm *vm, uint32_t gsi);
 
 /* Guest */
 void its_enable(struct its *its);

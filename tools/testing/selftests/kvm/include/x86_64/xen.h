@@ -41,6 +41,27 @@ struct xen_vcpu_info {
 	uint8_t time[32];
 };
 
+/* These return 0 or an errno. */
+static inline int xen_set_vm_attr(struct kvm_vm *vm, struct kvm_xen_hvm_attr attr)
+{
+	return __vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &attr) ? errno : 0;
+}
+
+static inline int xen_set_vcpu_attr(struct kvm_vcpu *vcpu, struct kvm_xen_vcpu_attr attr)
+{
+	return __vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &attr) ? errno : 0;
+}
+
+static inline int xen_send_event(struct kvm_vm *vm, uint32_t port, uint32_t vcpu_id,
+				 uint32_t priority)
+{
+	struct kvm_irq_routing_xen_evtchn evtchn = {
+		.port = port, .vcpu = vcpu_id, .priority = priority,
+	};
+
+	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
+}
+
 /* For use by guest code, in 64-bit mode. */
 static inline uint64_t xen_hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
 {

@@ -4,7 +4,6 @@
  */
 
 #include <string.h>
-#include <sys/eventfd.h>
 
 #include "kvm_util.h"
 #include "processor.h"
@@ -112,19 +111,6 @@ void kvm_gsi_routing_msi_add(struct kvm_irq_routing *routing, uint32_t gsi,
 	e->u.msi.data = event_id;
 	e->u.msi.devid = device_id;
 	routing->nr++;
-}
-
-/* Returns an eventfd that raises @gsi. */
-int kvm_irqfd_create(struct kvm_vm *vm, uint32_t gsi)
-{
-	struct kvm_irqfd irqfd = { .gsi = gsi };
-	int fd = eventfd(0, 0);
-
-	TEST_ASSERT(fd >= 0, __KVM_SYSCALL_ERROR("eventfd()", fd));
-	irqfd.fd = fd;
-	vm_ioctl(vm, KVM_IRQFD, &irqfd);
-
-	return fd;
 }
 
 static void its_writel(struct its *its, uint64_t reg, uint32_t val)
