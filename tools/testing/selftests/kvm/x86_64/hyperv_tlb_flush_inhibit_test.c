@@ -991,6 +991,17 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 		    r->vcpu->id, exits, blocks);
 }
 
+/* vCPU 1 takes its NMI and is blocked again, until the release. */
+static void end_after_nmi(struct test_vm *t)
+{
+	wait_count(&t->ctx[1]->nmis, 1, "NMIs");
+	runner_wait_blocked(&t->runners[1], 2);
+	check_no_cpu_time(t, 1);
+	release(t, TARGET, OWNER);
+	finish(t, 1, 2);
+	kvm_vm_free(t->vm);
+}
+
 static void test_events(void)
 {
 	struct kvm_vcpu_events events;
@@ -1037,12 +1048,7 @@ static void test_events(void)
 	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
 	check_no_cpu_time(&t, 1);
 	send_event(&t, 1, APIC_DM_NMI);
-	wait_count(&t.ctx[1]->nmis, 1, "NMIs");
-	runner_wait_blocked(&t.runners[1], 2);
-	check_no_cpu_time(&t, 1);
-	release(&t, TARGET, OWNER);
-	finish(&t, 1, 2);
-	kvm_vm_free(t.vm);
+	end_after_nmi(&t);
 
 	/* STI defers interrupts for an instruction, not for as long as this. */
 	test_vm_create(&t, vp_maps[0], guest_sti_flusher);
@@ -1068,12 +1074,7 @@ static void test_events(void)
 	events.nmi.pending = 1;
 	vcpu_events_set(t.vcpus[1], &events);
 	start(&t, 1);
-	wait_count(&t.ctx[1]->nmis, 1, "NMIs");
-	runner_wait_blocked(&t.runners[1], 2);
-	check_no_cpu_time(&t, 1);
-	release(&t, TARGET, OWNER);
-	finish(&t, 1, 2);
-	kvm_vm_free(t.vm);
+	end_after_nmi(&t);
 }
 
 /* The vCPU leaves KVM_RUN at the OUT of code in low memory. */
