@@ -66,6 +66,13 @@ patch_files() {
 	sed "s|^|$PATCHES/|" "$PATCHES/series"
 }
 
+# group_has_tests ARCH GROUP: does tests.tsv have any?
+group_has_tests() {
+	awk -F'\t' -v arch="$1" -v group="$2" '
+		($3 == arch || $3 == "all") && index("," $4 ",", "," group ",") { found = 1 }
+		END { exit !found }' "$PATCHES/tests.tsv"
+}
+
 # use_arch ARCH: qemu, machine, console, append, kernel_make, kernel_cc, kernel_image
 use_arch() {
 	[[ -f $TOP/scripts/qemu/$1.sh ]] || die "no such architecture: '$1' (want one of: $ARCHES)"

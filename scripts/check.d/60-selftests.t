@@ -12,7 +12,16 @@ while IFS=$'\t' read -r feature arch test base patched; do
 	case $base-$patched in
 	*-ok) say "ok $((++points)) - $arch $test" ;;
 	skip-skip) say "ok $((++points)) - $arch $test # SKIP on base and patched" ;;
-	*) say "not ok $((++points)) - $arch $test: base $base, patched $patched" ;;
+	*)
+		say "not ok $((++points)) - $arch $test: base $base, patched $patched"
+		for group in fast clock shadow turns; do
+			out=$BUILD/out/patched-$arch-plain-$group
+			# How a machine died is in its kernel's last words.
+			f=$out/${test//\//.}.log
+			[[ $test != verdict ]] || f=$out/console
+			[[ ! -f $f ]] || grep -q "^$test	ok" "$out/results.tsv" || tail -n 60 "$f" | sed 's/^/# /'
+		done
+		;;
 	esac
 done < <(cat "$TOP/build/results.tsv")
 main_job() { [[ -s $TOP/build/results.tsv ]] || { tail -n 30 "$run_log"; return 1; }; }

@@ -1,23 +1,34 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The selftests of group "debug" on the patched kernels with KASAN, lockdep,
-# kmemleak and the rest of debug.config.
+# The selftests of groups "debug", "shadow" and "turns" on the patched kernels with
+# KASAN, lockdep, kmemleak and the rest of debug.config.
 . "$(dirname "$0")/tap.sh"
 
 for arch in $ARCHES; do
 	ok "debug kernel $arch" "$TOP/scripts/build-kernel" patched "$arch" debug
 done
+machines=()
+for arch in $ARCHES; do
+	for group in debug shadow turns; do
+		! group_has_tests "$arch" "$group" || machines+=("$arch $group")
+	done
+done
 pids=()
 for arch in $ARCHES; do
-	"$TOP/scripts/run-tests" patched "$arch" debug debug > "$work/$arch" 2>&1 < /dev/null &
+	for m in "${machines[@]}"; do
+		read -r a group <<< "$m"
+		[[ $a != "$arch" ]] ||
+			"$TOP/scripts/run-tests" patched "$arch" debug "$group" > "$work/$m" 2>&1 || :
+	done < /dev/null &
 	pids+=($!)
 done
 wait "${pids[@]}" || :
-for arch in $ARCHES; do
-	out=$(tail -n 1 "$work/$arch")
+for m in "${machines[@]}"; do
+	read -r arch group <<< "$m"
+	out=$(tail -n 1 "$work/$m")
 	[[ -f $out/results.tsv ]] || {
-		say "not ok $((++points)) - $arch: no results"
-		sed 's/^/# /' "$work/$arch"
+		say "not ok $((++points)) - $arch, $group: no results"
+		sed 's/^/# /' "$work/$m"
 		continue
 	}
 	while IFS=$'\t' read -r test result _ why; do

@@ -47,7 +47,7 @@
 #define PERF_GPA		(TEST_GPA + SZ_16M)
 #define PERF_PAGE_SIZE		4096
 #define NR_PERF_PAGES		4096
-#define PERF_ROUNDS		40
+#define PERF_ROUNDS		200
 
 /* What a probe finds where there is no slot. */
 #define NO_SLOT			0xdeadull
