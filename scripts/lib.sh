@@ -22,6 +22,9 @@ PATCHES=$TOP/patches/$BASE
 BUILD=$TOP/build/$BASE
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-series
 ARCHES="x86_64 arm64"
+# The groups of tests.tsv that make check runs on plain and on debug kernels.
+PLAIN_GROUPS="fast clock shadow turns"
+DEBUG_GROUPS="debug shadow turns"
 
 say() { printf '%s\n' "$*"; }
 die() {

@@ -14,12 +14,10 @@ while IFS=$'\t' read -r feature arch test base patched; do
 	skip-skip) say "ok $((++points)) - $arch $test # SKIP on base and patched" ;;
 	*)
 		say "not ok $((++points)) - $arch $test: base $base, patched $patched"
-		for group in fast clock shadow turns; do
+		for group in $PLAIN_GROUPS; do
 			out=$BUILD/out/patched-$arch-plain-$group
-			# How a machine died is in its kernel's last words.
-			f=$out/${test//\//.}.log
-			[[ $test != verdict ]] || f=$out/console
-			[[ ! -f $f ]] || grep -q "^$test	ok" "$out/results.tsv" || tail -n 60 "$f" | sed 's/^/# /'
+			! grep -qP "^\Q$test\E\t(?!ok\t)" "$out/results.tsv" 2> /dev/null ||
+				last_words "$out" "$test"
 		done
 		;;
 	esac

@@ -28,6 +28,15 @@ ok() {
 # skip DESCRIPTION REASON
 skip() { say "ok $((++points)) - $1 # SKIP $2"; }
 
+# last_words OUT TEST: the end of what a test left in OUT of scripts/boot, or else
+# of the kernel log; of the console where there is no verdict, as the machine died
+last_words() {
+	local f=$1/${2//\//.}.log
+	[[ -f $f ]] || f=$1/kmsg
+	[[ $2 != verdict ]] || f=$1/console
+	tail -n 60 "$f" | sed 's/^/# /'
+}
+
 # fails_with PATTERN COMMAND...: the command fails, and says why
 fails_with() {
 	local pattern=$1 output
