@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
 # The front door.  Every target works from a fresh clone; BASE= chooses the
-# kernel (a folder under patches/), JOBS= the number of parallel jobs.
+# kernel (a folder under patches/), JOBS= the number of parallel jobs, ACCEL= how
+# QEMU runs (see scripts/boot).
 
 MAKEFLAGS += --no-print-directory
 export BASE JOBS ACCEL

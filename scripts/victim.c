@@ -5,7 +5,7 @@
  * usage: victim pass|skip|fail|crash|hang|log TEXT|splat|panic|leak MODULE
  *
  * Each way must turn the result of the harness red (but for pass and skip);
- * scripts/check.d/50-harness.t runs them all.
+ * scripts/check.d/90-harness.t runs them all.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>

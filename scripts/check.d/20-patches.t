@@ -84,6 +84,12 @@ quilt_push() {
 		cmp <(git -C "$tree" cat-file blob "$tip:$f") "$work/quilt/$f" || return
 	done < "$work/files"
 }
+experiments() {
+	local p
+	for p in "$TOP"/Documentation/series/experiments/*.patch; do
+		git -C "$work/am/src" apply --check "$p" || return
+	done
+}
 signed_off() {
 	none < <(grep -L "^Signed-off-by: $SERIES_NAME <$SERIES_EMAIL>\$" "${patches[@]}")
 }
@@ -118,6 +124,7 @@ ok "they do under a hostile git configuration" round_trip_hostile
 ok "the tip hash repeats" tip_repeats
 ok "plain git am applies the series" git_am
 ok "quilt push -a applies the series" quilt_push
+ok "the patches of experiments apply to it" experiments
 ok "every patch is signed off" signed_off
 ok "every patch has the series' author" one_author
 ok "subjects have the form KVM: area: Imperative" subjects

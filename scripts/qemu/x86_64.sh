@@ -17,6 +17,9 @@ qemu=qemu-system-x86_64
 machine=(-M q35 -cpu max -bios qboot.rom)
 console=ttyS0
 append="no_timer_check tsc=reliable kvm.tsc_tolerance_ppm=5000 nohz=off highres=off"
+# KVM with shadow paging; CPUs that do not halt when idle
+append_shadow=kvm_amd.npt=0
+append_poll=idle=poll
 kernel_make=(ARCH=x86_64)
 kernel_cc=gcc
 kernel_image=arch/x86/boot/bzImage

@@ -239,17 +239,20 @@ static void split_and_merge(struct kvm_userspace_memory_region *code,
 	set_regions(e, 4);
 }
 
-/* Wait until each vCPU has been through all pages at least once more. */
+/*
+ * Wait until each vCPU has been through all pages at least once more.  It counts
+ * at the end, also of a loop that is under way now.
+ */
 static void wait_for_vcpus(void)
 {
 	uint64_t *guest_loops = addr_gva2hva(vm, (vm_vaddr_t)loops);
-	uint64_t before;
+	uint64_t before[MAX_VCPUS];
 	int i;
 
-	for (i = 0; i < nr_vcpus; i++) {
-		before = READ_ONCE(guest_loops[i]);
-		wait_for(READ_ONCE(guest_loops[i]) != before);
-	}
+	for (i = 0; i < nr_vcpus; i++)
+		before[i] = READ_ONCE(guest_loops[i]);
+	for (i = 0; i < nr_vcpus; i++)
+		wait_for(READ_ONCE(guest_loops[i]) >= before[i] + 2);
 }
 
 static uint64_t run(int nr_cycles, bool storm)
@@ -290,13 +293,11 @@ static uint64_t run(int nr_cycles, bool storm)
 		workers[i].vcpu = vcpus[i];
 		workers[i].exits = 0;
 		vcpu_args_set(vcpus[i], 1, i);
-		TEST_ASSERT(!pthread_create(&workers[i].thread, NULL, vcpu_worker, &workers[i]),
-			    "pthread_create() failed");
+		workers[i].thread = start_thread(vcpu_worker, &workers[i]);
 	}
 	stop_storm = false;
 	if (storm)
-		TEST_ASSERT(!pthread_create(&storm_thread, NULL, storm_worker, &nr_rounds),
-			    "pthread_create() failed");
+		storm_thread = start_thread(storm_worker, &nr_rounds);
 
 	for (i = 0; i < nr_cycles; i++) {
 		wait_for_vcpus();
@@ -308,10 +309,10 @@ static uint64_t run(int nr_cycles, bool storm)
 
 	WRITE_ONCE(stop_storm, true);
 	if (storm)
-		pthread_join(storm_thread, NULL);
+		join_thread(storm_thread, "storm");
 	WRITE_ONCE(*(bool *)addr_gva2hva(vm, (vm_vaddr_t)&stop), true);
 	for (i = 0; i < nr_vcpus; i++) {
-		pthread_join(workers[i].thread, NULL);
+		join_thread(workers[i].thread, "vCPU");
 		nr_exits += workers[i].exits;
 	}
 

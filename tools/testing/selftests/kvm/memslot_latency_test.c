@@ -7,8 +7,12 @@
  *    with success before the page arrives.  Latencies are printed.
  *  - gone: the slot of the page that the vCPU waits for is deleted; the guest
  *    then finds no memory there, whatever becomes of the page.
- *  - unlucky: the page is taken away as soon as it has arrived, again and
- *    again, until it may stay.
+ *  - unlucky: each time that the page has arrived, it is taken away before the
+ *    guest can access it.  KVM brings it in outside of kvm->srcu so many times,
+ *    then it holds on to it.  Faults on other pages of the guest, which are
+ *    there, make no difference.
+ *  - race: the page is taken away as soon as it has arrived, again and again,
+ *    until it may stay; sometimes the guest is faster.
  *  - error: there is no page to be had; KVM_RUN fails with EFAULT.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
@@ -16,6 +20,7 @@
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,6 +44,18 @@
 #define OTHER_SLOT		101
 #define OTHER_UPPER_SLOT	102
 #define NR_OTHER_PAGES		4
+
+/* KVM_PAGE_IN_ROUNDS */
+#define NR_PAGE_INS_IN_VAIN	3
+
+/* Goes up by so much, or more, when a fault on another page precedes the awaited one. */
+#ifdef __x86_64__
+#define FAULT_STAT		"pf_fixed"
+#define MIN_FAULTS		1
+#else
+#define FAULT_STAT		"exits"
+#define MIN_FAULTS		2
+#endif
 
 #define DATA_VALUE		0x600dull
 #define NO_SLOT			0xdeadull
@@ -99,13 +116,12 @@ static void *vcpu_worker(void *unused)
 
 static void start_access(void)
 {
-	TEST_ASSERT(!pthread_create(&vcpu_thread, NULL, vcpu_worker, NULL),
-		    "pthread_create() failed");
+	vcpu_thread = start_thread(vcpu_worker, NULL);
 }
 
 static void finish_access(const char *what, uint64_t value)
 {
-	pthread_join(vcpu_thread, NULL);
+	join_thread(vcpu_thread, what);
 	TEST_ASSERT(!run_errno, "%s: expected KVM_RUN to succeed, got errno %d", what, run_errno);
 	TEST_ASSERT(guest_value == value, "%s: expected value %#lx, got %#lx",
 		    what, value, guest_value);
@@ -346,20 +362,101 @@ static void test_gone(void)
 	set_data_region(page_size);
 }
 
+/* An access that has to wait for the page, and gets it. */
+static void make_access(const char *what)
+{
+	drop_page();
+	start_access();
+	wait_for_fault();
+	provide_page();
+	finish_access(what, DATA_VALUE);
+}
+
+static void do_nothing(int signal)
+{
+}
+
+/*
+ * Let KVM have the page, but not the guest: KVM_RUN ends, because of the signal,
+ * before the guest is entered again.  The signal itself does not end the wait for
+ * the page.
+ */
+static void make_access_in_vain(const char *what)
+{
+	TEST_ASSERT(!pthread_kill(vcpu_thread, SIGUSR1), "pthread_kill() failed");
+	provide_page();
+	join_thread(vcpu_thread, what);
+	TEST_ASSERT(run_errno == EINTR, "%s: expected KVM_RUN to fail with errno %d, got %d",
+		    what, EINTR, run_errno);
+	drop_page();
+}
+
+/* Drop KVM's mappings of code, stack and page tables; the pages stay. */
+static void unmap_guest(void)
+{
+	struct userspace_mem_region *region = memslot2region(vm, 0);
+	size_t size = region->region.memory_size;
+
+	TEST_ASSERT(!mprotect(region->host_mem, size, PROT_READ) &&
+		    !mprotect(region->host_mem, size, PROT_READ | PROT_WRITE),
+		    "mprotect(): errno %d", errno);
+}
+
+/*
+ * With @unmap, the guest faults on its code, and KVM maps that, before it faults
+ * on the page.
+ */
+static void test_unlucky(const char *what, int nr_rounds, bool unmap)
+{
+	uint64_t nr_faults, nr_page_ins;
+	int i, expected;
+
+	/* Opens the statistics, which has to be done outside of KVM_RUN. */
+	vcpu_get_stat(vcpu, "page_in");
+
+	/* What was in vain until now does not count. */
+	make_access(what);
+	drop_page();
+
+	for (i = 0; i < nr_rounds; i++) {
+		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT);
+		if (unmap)
+			unmap_guest();
+		start_access();
+		wait_for_fault();
+		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
+		TEST_ASSERT(!unmap || nr_faults >= MIN_FAULTS,
+			    "%s: round %d: expected %s to increase by %d, it did by %lu",
+			    what, i, FAULT_STAT, MIN_FAULTS, nr_faults);
+
+		nr_page_ins = vcpu_get_stat(vcpu, "page_in");
+		make_access_in_vain(what);
+		nr_page_ins = vcpu_get_stat(vcpu, "page_in") - nr_page_ins;
+
+		/* So often outside of kvm->srcu, then once inside. */
+		expected = i % (NR_PAGE_INS_IN_VAIN + 1) < NR_PAGE_INS_IN_VAIN;
+		TEST_ASSERT(nr_page_ins == expected,
+			    "%s: round %d: expected %d page-ins outside of kvm->srcu, got %lu",
+			    what, i, expected, nr_page_ins);
+	}
+
+	make_access(what);
+}
+
 /* The guest made its access in spite of all; let it try again. */
 static bool restart_access(void)
 {
 	if (pthread_tryjoin_np(vcpu_thread, NULL))
 		return false;
 
-	TEST_ASSERT(guest_value == DATA_VALUE, "unlucky: expected value %#llx, got %#lx",
+	TEST_ASSERT(guest_value == DATA_VALUE, "race: expected value %#llx, got %#lx",
 		    DATA_VALUE, guest_value);
 	drop_page();
 	start_access();
 	return true;
 }
 
-static void test_unlucky(int nr_rounds)
+static void test_race(int nr_rounds)
 {
 	struct pollfd p = { .fd = uffd, .events = POLLIN };
 	uint64_t before, after, nr_page_ins = 0;
@@ -392,11 +489,10 @@ static void test_unlucky(int nr_rounds)
 		nr_page_ins += after - before;
 		drop_page();
 	}
-	finish_access("unlucky", DATA_VALUE);
+	finish_access("race", DATA_VALUE);
 
 	pr_info("%d pages provided, %lu outside of kvm->srcu, %d accesses too fast\n",
 		nr_rounds, nr_page_ins, nr_restarts);
-	TEST_ASSERT(nr_page_ins, "unlucky: expected page-ins outside of kvm->srcu, got none");
 }
 
 static void test_error(void)
@@ -409,7 +505,7 @@ static void test_error(void)
 	/* Let go of the fault; there is nothing any more that it may access. */
 	TEST_ASSERT(!mprotect(data, page_size, PROT_NONE), "mprotect(): errno %d", errno);
 	TEST_ASSERT(!ioctl(uffd, UFFDIO_UNREGISTER, &range), "UFFDIO_UNREGISTER: errno %d", errno);
-	pthread_join(vcpu_thread, NULL);
+	join_thread(vcpu_thread, "error");
 	TEST_ASSERT(run_errno == EFAULT, "error: expected errno %d, got %d", EFAULT, run_errno);
 }
 
@@ -485,6 +581,7 @@ int main(int argc, char *argv[])
 	}
 	TEST_ASSERT(nr_changes > 0 && nr_rounds > 0, "expected numbers above 0");
 
+	TEST_ASSERT(signal(SIGUSR1, do_nothing) != SIG_ERR, "signal(): errno %d", errno);
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
 	ucall_init(vm, NULL);
 	page_size = getpagesize();
@@ -498,8 +595,7 @@ int main(int argc, char *argv[])
 
 	TEST_ASSERT(!sem_init(&change_wanted, 0, 0) && !sem_init(&change_made, 0, 0),
 		    "sem_init() failed");
-	TEST_ASSERT(!pthread_create(&change_thread, NULL, change_worker, NULL),
-		    "pthread_create() failed");
+	change_thread = start_thread(change_worker, NULL);
 
 	if (perf) {
 		measure();
@@ -508,13 +604,15 @@ int main(int argc, char *argv[])
 		for (i = 0; i < 5; i++)
 			test_wait(nr_changes);
 		test_gone();
-		test_unlucky(nr_rounds);
+		test_unlucky("unlucky", nr_rounds, false);
+		test_unlucky("unlucky, code unmapped", nr_rounds, true);
+		test_race(nr_rounds);
 		test_error();
 	}
 
 	change = NULL;
 	sem_post(&change_wanted);
-	pthread_join(change_thread, NULL);
+	join_thread(change_thread, "changes");
 	kvm_vm_free(vm);
 	return 0;
 }

@@ -7,7 +7,8 @@
  *  - operations: create, split, merge, move, swap, replace, READONLY, delete;
  *    the layout that a vCPU sees, and the number of grace periods.
  *  - order: the order of the entries makes no difference; 128 of them.
- *  - dirty: dirty bits stay with frames whose mapping and logging stay.
+ *  - dirty: dirty bits stay with frames whose mapping and logging stay, each
+ *    of them in slots of any size at any page.
  *  - smm: the second address space of x86.
  *  - faults, with -f only: an allocation fails, each in its turn, on kernels
  *    with FAILSLAB.  vmalloc() reports those of its own with a call trace.
@@ -39,6 +40,9 @@
 #define NR_PAGES		16
 #define MAX_REGIONS		128
 
+/* Backed, but never touched but for the first ones: slots to have dirty bits. */
+#define NR_DIRTY_PAGES		3000
+
 /* As many allocations of one transaction are to fail, within so many rounds. */
 #define MIN_FAULTS		10
 #define MAX_FAULT_ROUNDS	10
@@ -67,7 +71,10 @@ struct regions {
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static size_t page_size;
-/* Twice as much as the guest sees, for slots to change their backing. */
+/*
+ * Twice as much as the guest sees has values, for slots to change their backing;
+ * NR_DIRTY_PAGES in all.
+ */
 static void *mem;
 
 /* Written by the host, read by the guest. */
@@ -690,6 +697,192 @@ static void test_dirty_initially_set(void)
 	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0);
 }
 
+/* Which pages are in slots: slot i has @n of them from page @first on. */
+struct layout {
+	int nr;
+	struct {
+		int first;
+		int n;
+	} slots[MAX_REGIONS];
+};
+
+static void add_slot(struct layout *l, int first, int n)
+{
+	l->slots[l->nr].first = first;
+	l->slots[l->nr].n = n;
+	l->nr++;
+}
+
+/* Slots of @n pages, with gaps, between two pages; the last one gets the rest. */
+static struct layout even_layout(int first, int n, int gap, int end)
+{
+	struct layout l = {};
+
+	for (; first < end && l.nr < MAX_REGIONS - 1; first += n + gap)
+		add_slot(&l, first, min(n, end - first));
+	if (first < end)
+		add_slot(&l, first, end - first);
+	return l;
+}
+
+static struct layout random_layout(void)
+{
+	static const int limits[] = { 1, 8, 20, 200 };
+	struct layout l = {};
+	int page = random() % 10, n;
+
+	while (page < NR_DIRTY_PAGES && l.nr < MAX_REGIONS) {
+		n = 1 + random() % limits[random() % ARRAY_SIZE(limits)];
+		n = min(n, NR_DIRTY_PAGES - page);
+		add_slot(&l, page, n);
+		page += n;
+		if (random() % 4 == 0)
+			page += random() % 10;
+	}
+	return l;
+}
+
+/* Change one layout to the other. */
+static void change_layout(const char *what, const struct layout *from, const struct layout *to)
+{
+	struct kvm_userspace_memory_region entries[MAX_REGIONS];
+	int i, n = max(from->nr, to->nr);
+	struct regions *r;
+
+	for (i = 0; i < n; i++) {
+		if (i < to->nr)
+			entries[i] = region(i, to->slots[i].first, to->slots[i].n,
+					    to->slots[i].first, KVM_MEM_LOG_DIRTY_PAGES);
+		else
+			entries[i] = no_region(i);
+	}
+	shuffle(entries, n);
+	r = new_regions(n, entries);
+	TEST_ASSERT(!__set_regions(r), "%s: expected success, got errno %d (%s), fail_index %u",
+		    what, errno, strerror(errno), r->header.fail_index);
+	free(r);
+}
+
+/* The slots have bits that are all set; clear those of pages that are not to be @dirty. */
+static void clear_bits(const struct layout *l, const bool *dirty)
+{
+	uint64_t bitmap[DIV_ROUND_UP(NR_DIRTY_PAGES, 64)];
+	int i, j;
+
+	for (i = 0; i < l->nr; i++) {
+		memset(bitmap, 0, sizeof(bitmap));
+		for (j = 0; j < l->slots[i].n; j++)
+			bitmap[j / 64] |= (uint64_t)!dirty[l->slots[i].first + j] << j % 64;
+		kvm_vm_clear_dirty_log(vm, TEST_SLOT + i, bitmap, 0, l->slots[i].n);
+	}
+}
+
+/* All of the bits, and none beyond the pages of a slot. */
+static void assert_bits(const char *what, const struct layout *l, const bool *dirty)
+{
+	uint64_t bitmap[DIV_ROUND_UP(NR_DIRTY_PAGES, 64)];
+	int i, j, first, n;
+	bool bit, expected;
+
+	for (i = 0; i < l->nr; i++) {
+		first = l->slots[i].first;
+		n = l->slots[i].n;
+		memset(bitmap, 0, sizeof(bitmap));
+		kvm_vm_get_dirty_log(vm, TEST_SLOT + i, bitmap);
+
+		for (j = 0; j < DIV_ROUND_UP(n, 64) * 64; j++) {
+			expected = j < n && dirty[first + j];
+			bit = bitmap[j / 64] >> j % 64 & 1;
+			TEST_ASSERT(bit == expected,
+				    "%s: slot %d of %d pages from page %d on: bit %d: expected %d, got %d",
+				    what, i, n, first, j, expected, bit);
+		}
+	}
+}
+
+/*
+ * Change one layout, with random bits, to the other.  Pages that were in no slot
+ * have the @fresh bit, all others keep theirs.
+ */
+static void change_and_check(const char *what, const struct layout *from,
+			     const struct layout *to, bool *dirty, bool fresh)
+{
+	bool covered[NR_DIRTY_PAGES] = {};
+	int i;
+
+	for (i = 0; i < from->nr; i++)
+		memset(covered + from->slots[i].first, true, from->slots[i].n);
+	for (i = 0; i < NR_DIRTY_PAGES; i++) {
+		if (!covered[i])
+			dirty[i] = fresh;
+	}
+
+	change_layout(what, from, to);
+	assert_bits(what, to, dirty);
+}
+
+/* There and back, in either way that new bitmaps begin. */
+static void test_dirty_layouts(const char *name, const struct layout *a, const struct layout *b)
+{
+	const uint64_t manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
+	const struct layout none = {};
+	bool dirty[NR_DIRTY_PAGES];
+	char what[64];
+	int fresh, i;
+
+	for (fresh = 0; fresh < 2; fresh++) {
+		snprintf(what, sizeof(what), "%s, new bits %d", name, fresh);
+
+		/* No guest has to run: bits that are set initially can be cleared. */
+		vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+			      manual | KVM_DIRTY_LOG_INITIALLY_SET);
+		change_layout(what, &none, a);
+		for (i = 0; i < NR_DIRTY_PAGES; i++)
+			dirty[i] = random() & 1;
+		clear_bits(a, dirty);
+		assert_bits(what, a, dirty);
+
+		vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+			      manual | (fresh ? KVM_DIRTY_LOG_INITIALLY_SET : 0));
+		change_and_check(what, a, b, dirty, fresh);
+		change_and_check(what, b, a, dirty, fresh);
+		change_layout(what, a, &none);
+	}
+	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0);
+}
+
+/* Splits and merges at pages that are no multiples of 8 or 64, in either slot. */
+static void test_dirty_any_page(int rounds)
+{
+	const int end = NR_DIRTY_PAGES;
+	const struct layout layouts[] = {
+		even_layout(0, end, 0, end),		/* one slot */
+		even_layout(0, 7, 0, end),
+		even_layout(3, 9, 0, end - 5),
+		even_layout(0, 1, 0, end),		/* single pages, and a large rest */
+		even_layout(1, end - 2, 0, end - 1),	/* one slot */
+		even_layout(5, 13, 2, end),
+		even_layout(1, 64, 0, end - 1),
+		even_layout(0, 63, 1, end),
+		even_layout(9, 1, 3, end),
+		even_layout(4, 1001, 0, end),
+	};
+	struct layout a, b;
+	char what[32];
+	int i;
+
+	for (i = 1; i < ARRAY_SIZE(layouts); i++) {
+		snprintf(what, sizeof(what), "layouts %d and %d", i - 1, i);
+		test_dirty_layouts(what, &layouts[i - 1], &layouts[i]);
+	}
+	for (i = 0; i < rounds; i++) {
+		snprintf(what, sizeof(what), "random layouts %d", i);
+		a = random_layout();
+		b = random_layout();
+		test_dirty_layouts(what, &a, &b);
+	}
+}
+
 #ifdef __x86_64__
 static void assert_logging(const char *what, int as_id, int slot, int error)
 {
@@ -956,8 +1149,8 @@ static void help(const char *name)
 	printf("usage: %s [-h] [-f] [-p] [-r rounds] [-s seed]\n", name);
 	printf(" -f: let allocations fail, too; needs FAILSLAB\n");
 	printf(" -p: measure, do not test\n");
-	printf(" -r: how often 128 slots change places, default 5\n");
-	printf(" -s: the seed of the order of entries, default the time\n");
+	printf(" -r: how often 128 slots change places, and random sizes, default 5\n");
+	printf(" -s: the seed of the order of entries and of sizes, default the time\n");
 	exit(0);
 }
 
@@ -999,9 +1192,10 @@ int main(int argc, char *argv[])
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
 	ucall_init(vm, NULL);
 	page_size = getpagesize();
-	mem = mmap(NULL, 2 * NR_PAGES * page_size, PROT_READ | PROT_WRITE,
+	mem = mmap(NULL, NR_DIRTY_PAGES * page_size, PROT_READ | PROT_WRITE,
 		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	TEST_ASSERT(mem != MAP_FAILED, "mmap() failed: %d", errno);
+	madvise(mem, NR_DIRTY_PAGES * page_size, MADV_NOHUGEPAGE);
 	for (i = 0; i < 2 * NR_PAGES; i++)
 		*(uint64_t *)hva(i) = value_of(i);
 	virt_map(vm, TEST_GPA, TEST_GPA, NR_PAGES * page_size / vm->page_size);
@@ -1017,8 +1211,10 @@ int main(int argc, char *argv[])
 	test_operations();
 	test_order(rounds);
 	test_dirty();
-	if (kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2))
+	if (kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)) {
 		test_dirty_initially_set();
+		test_dirty_any_page(rounds);
+	}
 #ifdef __x86_64__
 	test_smm();
 #endif

@@ -13,15 +13,16 @@
  * The cases that are no rows:
  *  - MSIs that name no valid doorbell, DeviceID or EventID
  *  - a VM without an ITS
-  - an LPI that is pending when it is discarded, unmapped with its device, or
-    when its redistributor stops to accept LPIs
-  - an LPI that two ITSes map
-  - the LPI that is restored pending
-  - MSIs through irqfd, which must be injected in atomic context from the first
-    one on; statistics
-  - VMs that are destroyed with LPIs pending
-  - MAPTI with memory allocations failing one by one (fault injection)
-  - MAPD and MAPTI of a guest that exceeds the memory limit of its cgroup
+ *  - an LPI that is pending or active when it is discarded, or when its
+ *    redistributor stops to accept LPIs; one that is pending when it is
+ *    unmapped with its device
+ *  - an LPI that two ITSes map
+ *  - the LPI that is restored pending
+ *  - MSIs through irqfd, which must be injected in atomic context from the first
+ *    one on; statistics
+ *  - VMs that are destroyed with LPIs pending, and while MSIs are raised
+ *  - MAPTI with memory allocations failing one by one (fault injection)
+ *  - MAPD and MAPTI of a guest that exceeds the memory limit of its cgroup
  */
 
 #define _GNU_SOURCE
@@ -69,7 +70,7 @@
 static struct its its[NR_ITS];
 static struct lpi_tables tables;
 static void (*guest_command)(void);
-static bool stop_before_eoi;
+static void (*before_eoi)(void);
 static struct {
 	uint32_t nr;
 	uint32_t intid;
@@ -115,9 +116,15 @@ static void guest_irq_handler(struct ex_regs *regs)
 	GUEST_ASSERT_1(intid >= LPI_BASE, intid);
 	delivered[cpu].nr++;
 	delivered[cpu].intid = intid;
-	if (READ_ONCE(stop_before_eoi))
-		GUEST_SYNC(0);
+	if (before_eoi)
+		before_eoi();
 	gic_set_eoi(intid);
+}
+
+/* As before_eoi: the LPI is active until the host runs the vCPU again. */
+static void guest_stop(void)
+{
+	GUEST_SYNC(0);
 }
 
 static void guest_code(void)
@@ -352,22 +359,16 @@ static void guest_clear(void)
 
 static void run_vcpu(struct kvm_vcpu *vcpu, void (*command)(void))
 {
-	struct ucall uc;
-
 	guest_command = command;
 	sync_global_to_guest(vm, guest_command);
-	vcpu_run(vcpu);
+	vcpu_run_to_sync(vcpu);
+}
 
-	switch (get_ucall(vcpu, &uc)) {
-	case UCALL_SYNC:
-		break;
-	case UCALL_ABORT:
-		REPORT_GUEST_ASSERT_2(uc, "values: %#lx, %#lx");
-		break;
-	default:
-		TEST_FAIL("Unexpected exit of vCPU %u: %s", vcpu->id,
-			  exit_reason_str(vcpu->run->exit_reason));
-	}
+/* Have the guest do something while it handles LPIs, or nothing. */
+static void set_before_eoi(void (*command)(void))
+{
+	before_eoi = command;
+	sync_global_to_guest(vm, before_eoi);
 }
 
 static void create_vm(void)
@@ -760,41 +761,12 @@ static void guest_discard_shared(void)
 	its_send_discard(&its[1], DEV_A, 0);
 }
 
-static uint64_t get_stat(int stats_fd, const char *name)
+static void check_vm_stat(const char *what, const char *name, uint64_t expected)
 {
-	struct kvm_stats_header header;
-	struct kvm_stats_desc *descs;
-	uint64_t data = 0;
-	int i;
-
-	read_stats_header(stats_fd, &header);
-	descs = read_stats_descriptors(stats_fd, &header);
-	for (i = 0; i < header.num_desc; i++) {
-		struct kvm_stats_desc *desc = get_stats_descriptor(descs, i, &header);
-
-		if (!strcmp(desc->name, name)) {
-			read_stat_data(stats_fd, &header, desc, &data, 1);
-			break;
-		}
-	}
-	TEST_ASSERT(i < header.num_desc, "Expected a statistic %s, got none", name);
-	free(descs);
-	close(stats_fd);
-	return data;
-}
-
-static void check_stat(const char *what, int stats_fd, const char *name,
-		       uint64_t expected)
-{
-	uint64_t stat = get_stat(stats_fd, name);
+	uint64_t stat = vm_get_stat(vm, name);
 
 	TEST_ASSERT(stat == expected, "%s: expected %s to be %lu, got %lu", what,
 		    name, expected, stat);
-}
-
-static void check_vm_stat(const char *what, const char *name, uint64_t expected)
-{
-	check_stat(what, vm_get_stats_fd(vm), name, expected);
 }
 
 static void make_pending(uint64_t doorbell, uint32_t device_id)
@@ -851,20 +823,48 @@ static void test_unmap_active(void)
 	create_vm();
 
 	for (i = 0; i < 17; i++) {
-		stop_before_eoi = true;
-		sync_global_to_guest(vm, stop_before_eoi);
+		set_before_eoi(guest_stop);
 		make_pending(doorbell(&its[0]), DEV_A);
 		run_vcpu(vcpus[0], NULL);
 
 		run_vcpu(vcpus[1], guest_discard);
 		run_vcpu(vcpus[1], guest_mapti_a0);
 
-		stop_before_eoi = false;
-		sync_global_to_guest(vm, stop_before_eoi);
+		set_before_eoi(NULL);
 		check_delivered("DISCARD of an active LPI, MAPTI", LPI_A0, 0);
 	}
 	check_msi("after DISCARD of active LPIs", doorbell(&its[0]), DEV_A, 0,
 		  &msis[0].result);
+
+	destroy_vm();
+}
+
+/*
+ * The redistributor stops to accept LPIs, and starts again, while the guest
+ * handles one.  The LPI must not stay active for good, or it would never be
+ * delivered again.
+ */
+static void test_disable_active(void)
+{
+	create_vm();
+
+	/* By the other vCPU, */
+	set_before_eoi(guest_stop);
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[0], NULL);
+	run_vcpu(vcpus[1], guest_lpis_disable_enable);
+	set_before_eoi(NULL);
+	check_delivered("EnableLPIs cleared, set with an LPI active", LPI_A0, 0);
+	check_msi("after EnableLPIs was cleared, set with an LPI active",
+		  doorbell(&its[0]), DEV_A, 0, &msis[0].result);
+
+	/* and by the one that handles the LPI. */
+	set_before_eoi(guest_lpis_disable_enable);
+	make_pending(doorbell(&its[0]), DEV_A);
+	check_delivered("EnableLPIs cleared, set by the handler", LPI_A0, 0);
+	set_before_eoi(NULL);
+	check_msi("after EnableLPIs was cleared, set by the handler",
+		  doorbell(&its[0]), DEV_A, 0, &msis[0].result);
 
 	destroy_vm();
 }
@@ -924,13 +924,32 @@ static void write_eventfd(int fd)
 static void check_injected(const char *what, uint64_t hits, uint64_t misses,
 			   uint64_t fallbacks)
 {
-	/* What goes by the workqueue is counted when it gets there. */
-	while (get_stat(vm_get_stats_fd(vm), "lpi_translation_misses") < misses)
-		usleep(1000);
+	uint64_t stat;
 
-	check_stat(what, vcpu_get_stats_fd(vcpus[0]), "lpi_translation_hits", hits);
+	/* What goes by the workqueue is counted when it gets there. */
+	__wait_for((stat = vm_get_stat(vm, "lpi_translation_misses")) >= misses,
+		   "%s: expected lpi_translation_misses to be %lu, got %lu after %d s",
+		   what, misses, stat, WAIT_LIMIT_SECS);
+
+	stat = vcpu_get_stat(vcpus[0], "lpi_translation_hits");
+	TEST_ASSERT(stat == hits,
+		    "%s: expected lpi_translation_hits to be %lu, got %lu", what,
+		    hits, stat);
 	check_vm_stat(what, "lpi_translation_misses", misses);
 	check_vm_stat(what, "lpi_inatomic_fallbacks", fallbacks);
+}
+
+/* The first one raises a mapped event, the second one an unmapped event. */
+static void create_irqfds(int fds[2])
+{
+	struct kvm_irq_routing *routing = kvm_gsi_routing_create();
+	int i;
+
+	kvm_gsi_routing_msi_add(routing, 0, doorbell(&its[0]), DEV_A, 0);
+	kvm_gsi_routing_msi_add(routing, 1, doorbell(&its[0]), DEV_A, 5);
+	kvm_gsi_routing_write(vm, routing);
+	for (i = 0; i < 2; i++)
+		fds[i] = kvm_irqfd_create(vm, i);
 }
 
 /*
@@ -939,46 +958,44 @@ static void check_injected(const char *what, uint64_t hits, uint64_t misses,
  */
 static void test_irqfd(void)
 {
-	struct kvm_irq_routing *routing = kvm_gsi_routing_create();
-	int mapped, unmapped;
+	int fds[2];
 
 	create_vm();
-
-	kvm_gsi_routing_msi_add(routing, 0, doorbell(&its[0]), DEV_A, 0);
-	kvm_gsi_routing_msi_add(routing, 1, doorbell(&its[0]), DEV_A, 5);
-	kvm_gsi_routing_write(vm, routing);
-	mapped = kvm_irqfd_create(vm, 0);
-	unmapped = kvm_irqfd_create(vm, 1);
+	create_irqfds(fds);
 
 	check_injected("before any MSI", 0, 0, 0);
-	write_eventfd(mapped);
+	write_eventfd(fds[0]);
 	check_injected("first MSI by irqfd", 1, 0, 0);
 	check_delivered("first MSI by irqfd", LPI_A0, 0);
 
-	write_eventfd(unmapped);
+	write_eventfd(fds[1]);
 	check_injected("unmapped event by irqfd", 1, 1, 1);
 	check_delivered("unmapped event by irqfd", 0, 0);
 
 	run_vcpu(vcpus[1], guest_discard);
 	run_vcpu(vcpus[1], guest_mapti_a0);
-	write_eventfd(mapped);
+	write_eventfd(fds[0]);
 	check_injected("first MSI by irqfd after DISCARD, MAPTI", 2, 1, 1);
 	check_delivered("first MSI by irqfd after DISCARD, MAPTI", LPI_A0, 0);
 
 	host_save_restore();
-	write_eventfd(mapped);
+	write_eventfd(fds[0]);
 	check_injected("first MSI by irqfd after a restore", 3, 1, 1);
 	check_delivered("first MSI by irqfd after a restore", LPI_A0, 0);
 
 	run_vcpu(vcpus[1], guest_its_disable);
-	write_eventfd(mapped);
+	write_eventfd(fds[0]);
 	check_injected("ITS disabled", 3, 2, 2);
 	check_delivered("ITS disabled", 0, 0);
 
-	close(mapped);
-	close(unmapped);
+	close(fds[0]);
+	close(fds[1]);
 	destroy_vm();
 }
+
+/* How often the threads below have raised MSIs */
+static uint64_t nr_raised;
+static bool stop_raising;
 
 static void *signal_thread(void *arg)
 {
@@ -987,24 +1004,49 @@ static void *signal_thread(void *arg)
 		.flags		= KVM_MSI_VALID_DEVID,
 		.devid		= DEV_A,
 	};
-	int fd = *(int *)arg, i, ret;
+	int fd = *(int *)arg, ret;
 
-	for (i = 0; i < 10000; i++) {
+	do {
 		ret = ioctl(fd, KVM_SIGNAL_MSI, &msi);
 		TEST_ASSERT(ret == 1, "Expected KVM_SIGNAL_MSI to return 1, got %d",
 			    ret);
-	}
-
-	/* The last reference: this destroys the VM. */
-	close(fd);
+		WRITE_ONCE(nr_raised, nr_raised + 1);
+	} while (!READ_ONCE(stop_raising));
 	return NULL;
 }
 
-/* VMs that go away with LPIs pending, and while MSIs are signalled. */
-static void test_destroy(void)
+static void *irqfd_thread(void *arg)
+{
+	int *fds = arg;
+
+	do {
+		write_eventfd(fds[0]);
+		write_eventfd(fds[1]);
+		WRITE_ONCE(nr_raised, nr_raised + 1);
+	} while (!READ_ONCE(stop_raising));
+	return NULL;
+}
+
+/* The thread goes on until all of destroy_vm() is done. */
+static void destroy_while_raising(void *(*thread_fn)(void *), int *fds)
 {
 	pthread_t thread;
-	int i, fd;
+
+	nr_raised = 0;
+	stop_raising = false;
+	thread = start_thread(thread_fn, fds);
+	wait_for(READ_ONCE(nr_raised));
+
+	destroy_vm();
+
+	WRITE_ONCE(stop_raising, true);
+	join_thread(thread, "MSIs");
+}
+
+/* VMs that go away with LPIs pending, and while MSIs are raised. */
+static void test_destroy(void)
+{
+	int fds[2], i;
 
 	create_vm();
 	for (i = 0; i < ARRAY_SIZE(msis); i++)
@@ -1012,12 +1054,21 @@ static void test_destroy(void)
 	run_vcpu(vcpus[1], guest_discard);
 	destroy_vm();
 
+	/* All but the VM itself: guest memory, and the fds of vCPUs and devices */
 	create_vm();
-	fd = dup(vm->fd);
-	TEST_ASSERT(fd >= 0, __KVM_SYSCALL_ERROR("dup()", fd));
-	pthread_create(&thread, NULL, signal_thread, &fd);
-	destroy_vm();
-	pthread_join(thread, NULL);
+	fds[0] = dup(vm->fd);
+	TEST_ASSERT(fds[0] >= 0, __KVM_SYSCALL_ERROR("dup()", fds[0]));
+	destroy_while_raising(signal_thread, fds);
+	close(fds[0]);
+
+	/* The VM as well: eventfds hold no reference to it, and outlive it. */
+	create_vm();
+	create_irqfds(fds);
+	destroy_while_raising(irqfd_thread, fds);
+	for (i = 0; i < ARRAY_SIZE(fds); i++) {
+		write_eventfd(fds[i]);
+		close(fds[i]);
+	}
 }
 
 /* Device and LPI are far from all others, to need new nodes in the xarrays. */
@@ -1091,7 +1142,7 @@ static void test_mapti_nomem(void)
 		TEST_ASSERT(get_ucall(vcpus[1], NULL) == UCALL_SYNC,
 			    "Expected the guest to go on");
 
-		if (get_stat(vm_get_stats_fd(vm), "lpis") == ARRAY_SIZE(msis)) {
+		if (vm_get_stat(vm, "lpis") == ARRAY_SIZE(msis)) {
 			nr_failed++;
 			check_msi("MAPTI without memory", doorbell(&its[0]),
 				  FAR_DEVICE, 0, &unmapped);
@@ -1121,8 +1172,8 @@ static void test_mapti_nomem(void)
 }
 
 /* More than fits into the limit below, and less than there are LPIs */
-#define NR_MANY		8192
-#define MANY_LIMIT	"2M"
+#define NR_MANY		1024
+#define MANY_LIMIT	"1M"
 
 static void guest_touch_cmdq(void)
 {
@@ -1194,7 +1245,7 @@ static void test_memcg(void)
 		    "Expected KVM_RUN to return 0 and the guest to go on, got %d, errno %d",
 		    ret, errno);
 
-	lpis = get_stat(vm_get_stats_fd(vm), "lpis");
+	lpis = vm_get_stat(vm, "lpis");
 	TEST_ASSERT(lpis > ARRAY_SIZE(msis) && lpis < ARRAY_SIZE(msis) + NR_MANY,
 		    "Expected some but not all of %d events to be mapped, got %lu",
 		    NR_MANY, lpis);
@@ -1246,6 +1297,7 @@ int main(int argc, char *argv[])
 			   guest_lpis_disable_enable);
 	test_remap_pending();
 	test_unmap_active();
+	test_disable_active();
 	test_shared_lpi();
 	test_restore_pending();
 	test_irqfd();

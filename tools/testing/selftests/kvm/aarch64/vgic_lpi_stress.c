@@ -9,7 +9,8 @@
  * no LPI may have been lost, and each must have gone to its own vCPU.
  *
  * With -p, vCPUs do not run while events are raised.  That gives the cost of
- * injection alone, and leaves LPIs pending for the destruction of the VM.
+ * injection alone, and leaves LPIs pending for the destruction of the VM.  One
+ * thread raises the events of all devices then, or, with -m, one for each device.
  *
  * With -t, nothing is raised, and the time that commands take is reported.
  *
@@ -68,13 +69,14 @@ static uint64_t vcpu_count[MAX_VCPUS];
 static uint64_t nr_stray, nr_churned, nr_churn_rounds;
 
 static uint32_t nr_iterations = 1000;
-static bool use_irqfd, churn, only_inject, time_commands;
+static bool use_irqfd, churn, only_inject, use_threads, time_commands;
 
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpus[MAX_VCPUS];
 static int *eventfds;
 static pthread_barrier_t barrier;
 static uint32_t *host_lpi_count;
+static uint64_t nr_state_reads;
 
 static uint32_t lpi_index(uint32_t device, uint32_t event)
 {
@@ -273,7 +275,7 @@ static void raise_event(uint32_t device, uint32_t event)
 	TEST_ASSERT(ret == sizeof(one), __KVM_SYSCALL_ERROR("write()", (int)ret));
 }
 
-/* Raise all events of a device, and wait until the guest has taken them. */
+/* Raise all events of a device, and wait until the guest, if it runs, has taken them. */
 static void raise_device(uint32_t device, uint32_t iteration)
 {
 	uint32_t event;
@@ -281,6 +283,8 @@ static void raise_device(uint32_t device, uint32_t iteration)
 	for (event = 0; event < nr_events; event++)
 		raise_event(device, event);
 
+	if (only_inject)
+		return;
 	for (event = 0; event < nr_events; event++)
 		wait_for(__atomic_load_n(&host_lpi_count[lpi_index(device, event)],
 					 __ATOMIC_ACQUIRE) > iteration);
@@ -295,6 +299,28 @@ static void *device_thread(void *arg)
 	for (i = 1; i <= nr_iterations; i++)
 		raise_device((uintptr_t)arg, i);
 	return NULL;
+}
+
+/* Nanoseconds until each device's thread, all started at once, is done. */
+static uint64_t time_device_threads(void)
+{
+	pthread_t *threads = calloc(nr_devices, sizeof(*threads));
+	uint64_t start, elapsed;
+	uint32_t i;
+
+	TEST_ASSERT(threads, "Failed to allocate %u threads", nr_devices);
+	pthread_barrier_init(&barrier, NULL, nr_devices + 1);
+	for (i = 0; i < nr_devices; i++)
+		threads[i] = start_thread(device_thread, (void *)(uintptr_t)i);
+	pthread_barrier_wait(&barrier);
+	start = now_ns();
+	/* What they wait for has a limit, all of it together has none. */
+	for (i = 0; i < nr_devices; i++)
+		pthread_join(threads[i], NULL);
+	elapsed = now_ns() - start;
+	pthread_barrier_destroy(&barrier);
+	free(threads);
+	return elapsed;
 }
 
 static void report(uint64_t elapsed, uint64_t first)
@@ -329,22 +355,29 @@ static void *churn_msi_thread(void *arg)
 	return NULL;
 }
 
+/* Read all of the state, at least once if debugfs is there. */
 static void *debugfs_thread(void *arg)
 {
 	char path[128], buf[4096];
+	ssize_t ret;
 	int fd;
+
+	if (access("/sys/kernel/debug/kvm", F_OK))
+		return NULL;
 
 	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/vgic-state",
 		 getpid(), vm->fd);
-	while (host_stage() != STAGE_STOP) {
+	do {
 		fd = open(path, O_RDONLY);
-		if (fd < 0)
-			return NULL;
-		while (read(fd, buf, sizeof(buf)) > 0)
-			;
+		TEST_ASSERT(fd >= 0, "Failed to open %s, errno: %d", path, errno);
+		do {
+			ret = read(fd, buf, sizeof(buf));
+		} while (ret > 0);
+		TEST_ASSERT(!ret, "Failed to read %s, errno: %d", path, errno);
+		nr_state_reads++;
 		close(fd);
 		sched_yield();
-	}
+	} while (host_stage() != STAGE_STOP);
 	return NULL;
 }
 
@@ -459,23 +492,25 @@ static void run_only_inject(void)
 	 */
 	for (i = 0; i < nr_devices * nr_events; i++)
 		signal_msi(i / nr_events, i % nr_events);
-	for (i = 0; i < nr_iterations; i++)
-		elapsed += raise_all();
+	if (use_threads)
+		elapsed = time_device_threads();
+	else
+		for (i = 0; i < nr_iterations; i++)
+			elapsed += raise_all();
 	report(elapsed, first);
 }
 
 static void run(void)
 {
 	uint64_t start, first, elapsed;
-	pthread_t vcpu_threads[MAX_VCPUS], msi_thread, state_thread;
-	pthread_t *device_threads = calloc(nr_devices, sizeof(*device_threads));
+	pthread_t vcpu_threads[MAX_VCPUS], msi_thread = 0, state_thread = 0;
 	uint32_t i, nr = nr_devices * nr_events;
 
 	for (i = 0; i < nr_guest_vcpus; i++)
-		pthread_create(&vcpu_threads[i], NULL, vcpu_thread, vcpus[i]);
+		vcpu_threads[i] = start_thread(vcpu_thread, vcpus[i]);
 	if (churn) {
-		pthread_create(&msi_thread, NULL, churn_msi_thread, NULL);
-		pthread_create(&state_thread, NULL, debugfs_thread, NULL);
+		msi_thread = start_thread(churn_msi_thread, NULL);
+		state_thread = start_thread(debugfs_thread, NULL);
 	}
 
 	start = now_ns();
@@ -483,28 +518,19 @@ static void run(void)
 		raise_device(i, 0);
 	first = now_ns() - start;
 
-	pthread_barrier_init(&barrier, NULL, nr_devices + 1);
-	for (i = 0; i < nr_devices; i++)
-		pthread_create(&device_threads[i], NULL, device_thread,
-			       (void *)(uintptr_t)i);
-	pthread_barrier_wait(&barrier);
-	start = now_ns();
-	for (i = 0; i < nr_devices; i++)
-		pthread_join(device_threads[i], NULL);
-	elapsed = now_ns() - start;
+	elapsed = time_device_threads();
 
 	/* The churning vCPU looks at the stage, the others wait for an LPI. */
 	set_stage(STAGE_STOP);
 	if (churn) {
-		pthread_join(vcpu_threads[nr_vcpus], NULL);
-		pthread_join(msi_thread, NULL);
-		pthread_join(state_thread, NULL);
+		join_thread(vcpu_threads[nr_vcpus], "churning vCPU");
+		join_thread(msi_thread, "churned MSIs");
+		join_thread(state_thread, "debugfs");
 	}
 	for (i = 0; i < nr_vcpus; i++)
 		signal_msi(i / nr_events, i % nr_events);
 	for (i = 0; i < nr_vcpus; i++)
-		pthread_join(vcpu_threads[i], NULL);
-	free(device_threads);
+		join_thread(vcpu_threads[i], "vCPU");
 
 	sync_global_from_guest(vm, vcpu_count);
 	sync_global_from_guest(vm, nr_stray);
@@ -526,14 +552,19 @@ static void run(void)
 	}
 
 	report(elapsed, first);
-	if (churn)
+	if (churn) {
 		pr_info("%lu rounds of commands, %lu LPIs of churned events\n",
 			nr_churn_rounds, nr_churned);
+		if (nr_state_reads)
+			pr_info("vgic state read %lu times in debugfs\n", nr_state_reads);
+		else
+			pr_info("debugfs not read: not mounted?\n");
+	}
 }
 
 static void help(const char *name)
 {
-	pr_info("Usage: %s [-h] [-v vcpus] [-d devices] [-e events] [-i iterations] [-f] [-p] [-c] [-t]\n",
+	pr_info("Usage: %s [-h] [-v vcpus] [-d devices] [-e events] [-i iterations] [-f] [-p [-m]] [-c] [-t]\n",
 		name);
 	pr_info("\t-v: vCPUs that take LPIs (default: 1)\n");
 	pr_info("\t-d: devices, with a thread each (default: 1)\n");
@@ -541,6 +572,7 @@ static void help(const char *name)
 	pr_info("\t-i: times that each event is raised (default: 1000)\n");
 	pr_info("\t-f: raise events by irqfd, not by KVM_SIGNAL_MSI\n");
 	pr_info("\t-p: measure injection alone, with vCPUs that do not run\n");
+	pr_info("\t-m: with -p, raise the events of each device from a thread of its own\n");
 	pr_info("\t-c: churn: send ITS commands all the while, from one more vCPU\n");
 	pr_info("\t-t: only report what MOVI and DISCARD take with all events mapped\n");
 }
@@ -552,7 +584,7 @@ int main(int argc, char *argv[])
 	/* Tell stdout not to buffer its content */
 	setbuf(stdout, NULL);
 
-	while ((opt = getopt(argc, argv, "hv:d:e:i:fpct")) != -1) {
+	while ((opt = getopt(argc, argv, "hv:d:e:i:fpmct")) != -1) {
 		switch (opt) {
 		case 'v':
 			nr_vcpus = atoi(optarg);
@@ -572,6 +604,9 @@ int main(int argc, char *argv[])
 		case 'p':
 			only_inject = true;
 			break;
+		case 'm':
+			use_threads = true;
+			break;
 		case 'c':
 			churn = true;
 			break;
@@ -588,6 +623,7 @@ int main(int argc, char *argv[])
 	TEST_ASSERT(nr_vcpus && nr_vcpus < MAX_VCPUS, "Between 1 and %d vCPUs",
 		    MAX_VCPUS - 1);
 	TEST_ASSERT(nr_iterations, "At least 1 iteration");
+	TEST_ASSERT(!use_threads || only_inject, "-m only with -p");
 	TEST_ASSERT((uint64_t)nr_devices * nr_events <= MAX_LPIS &&
 		    nr_devices * nr_events >= nr_vcpus,
 		    "Between %u (one for each vCPU) and %d LPIs", nr_vcpus, MAX_LPIS);

@@ -7,13 +7,14 @@
  *
  * What must not happen: a write to a page that has been freed (fresh pages are
  * checked all the while), or to one that a child of fork() has (each child checks
- * its copy); a thread that gets nowhere; an event that does not arrive when all
- * is quiet again.
+ * its copy); a thread that gets nowhere, least of all when nothing but drops is
+ * left; an event that does not arrive when all is quiet again.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
+#include <semaphore.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -22,6 +23,7 @@
 #include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #include <asm/kvm_para.h>
@@ -53,19 +55,34 @@ static struct kvm_vcpu *vcpus[MAX_VCPUS];
 static int irqfds[MAX_VCPUS];
 static char *mem;
 static bool stop;
-static unsigned long nr_done, nr_signals, nr_sends, nr_runs;
+
+static struct worker {
+	const char *name;
+	unsigned int nr;
+	unsigned long rounds;
+	sem_t calm;		/* only of those who change the memory */
+	pthread_t thread;
+} *workers;
+static unsigned int nr_workers;
 
 /* Only one thread at a time changes the mappings; the others look on. */
 static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
+/* All who change the memory, and main(), before nothing but drops is left. */
+static pthread_barrier_t calm_barrier;
 
 static bool stopped(void)
 {
 	return __atomic_load_n(&stop, __ATOMIC_RELAXED);
 }
 
-static void count(unsigned long *counter)
+static void count(struct worker *w)
 {
-	__atomic_fetch_add(counter, 1, __ATOMIC_RELAXED);
+	__atomic_fetch_add(&w->rounds, 1, __ATOMIC_RELAXED);
+}
+
+static unsigned long rounds_of(struct worker *w)
+{
+	return __atomic_load_n(&w->rounds, __ATOMIC_RELAXED);
 }
 
 static void guest_code(void)
@@ -184,7 +201,8 @@ static void create_vm(void)
 
 static void *vcpu_fn(void *arg)
 {
-	struct kvm_vcpu *vcpu = arg;
+	struct worker *w = arg;
+	struct kvm_vcpu *vcpu = vcpus[w->nr];
 
 	while (!stopped()) {
 		vcpu_run(vcpu);
@@ -192,13 +210,14 @@ static void *vcpu_fn(void *arg)
 			    "vCPU %u: expected exit reason %s, got %s", vcpu->id,
 			    exit_reason_str(KVM_EXIT_IO),
 			    exit_reason_str(vcpu->run->exit_reason));
-		count(&nr_runs);
+		count(w);
 	}
 	return NULL;
 }
 
 static void *signal_fn(void *arg)
 {
+	struct worker *w = arg;
 	uint64_t one = 1;
 	unsigned int i;
 
@@ -206,7 +225,7 @@ static void *signal_fn(void *arg)
 		for (i = 0; i < nr_vcpus; i++)
 			TEST_ASSERT(write(irqfds[i], &one, sizeof(one)) == sizeof(one) ||
 				    errno == EAGAIN, "write(eventfd): %s", strerror(errno));
-		count(&nr_signals);
+		count(w);
 		sched_yield();
 	}
 	return NULL;
@@ -214,6 +233,7 @@ static void *signal_fn(void *arg)
 
 static void *send_fn(void *arg)
 {
+	struct worker *w = arg;
 	unsigned int i = 0;
 	int ret;
 
@@ -222,7 +242,8 @@ static void *send_fn(void *arg)
 		TEST_ASSERT(!ret || ret == -EFAULT || ret == -EINVAL,
 			    "KVM_XEN_HVM_EVTCHN_SEND: expected success, EFAULT or EINVAL, got %d",
 			    ret);
-		count(&nr_sends);
+		if (!ret)
+			count(w);
 		i++;
 	}
 	return NULL;
@@ -231,6 +252,7 @@ static void *send_fn(void *arg)
 /* Fresh memory is zero, unless somebody writes to what is not theirs any more. */
 static void *fresh_fn(void *arg)
 {
+	struct worker *w = arg;
 	size_t size = 64 * page_size;
 	unsigned long *p;
 	size_t i;
@@ -245,6 +267,7 @@ static void *fresh_fn(void *arg)
 				    "KVM wrote %#lx, at offset %#lx, to a page that had been freed",
 				    p[i], i * sizeof(*p) % page_size);
 		munmap(p, size);
+		count(w);
 	}
 	return NULL;
 }
@@ -301,12 +324,13 @@ static bool chaos_ends(unsigned int op)
 
 static void *chaos_fn(void *arg)
 {
-	unsigned int state = seed + (unsigned long)arg;
+	struct worker *w = arg;
+	unsigned int state = seed + w->nr;
 	unsigned int op, nr, n, i;
 	size_t size;
 	char *p;
 
-	for (op = 0; !chaos_ends(op); op++, count(&nr_done)) {
+	for (op = 0; !chaos_ends(op); op++, count(w)) {
 		nr = rand_r(&state) % nr_pages;
 		n = 1 + rand_r(&state) % (nr_pages - nr);
 		p = mem + nr * page_size;
@@ -362,6 +386,15 @@ static void *chaos_fn(void *arg)
 			break;
 		}
 	}
+
+	/* The slot stays, and so do the caches; only their pages go. */
+	sem_post(&w->calm);
+	pthread_barrier_wait(&calm_barrier);
+	for (; !stopped(); count(w)) {
+		check(madvise(mem, nr_pages * page_size, MADV_DONTNEED), "MADV_DONTNEED");
+		set_shinfo(BASE_GPA / page_size);
+		sched_yield();
+	}
 	return NULL;
 }
 
@@ -372,14 +405,51 @@ static unsigned long pending(unsigned int port)
 	return __atomic_load_n(&bits[port / 64], __ATOMIC_SEQ_CST) >> port % 64 & 1;
 }
 
-static pthread_t create(void *(*fn)(void *), void *arg)
+static void create(const char *name, unsigned int nr, void *(*fn)(void *))
 {
-	pthread_t thread;
-	int ret;
+	struct worker *w = &workers[nr_workers++];
 
-	ret = pthread_create(&thread, NULL, fn, arg);
-	TEST_ASSERT(!ret, "pthread_create(): %s", strerror(ret));
-	return thread;
+	w->name = name;
+	w->nr = nr;
+	sem_init(&w->calm, 0, 0);
+	w->thread = start_thread(fn, w);
+}
+
+/* Wait until @w is done with the chaos.  However long that is, it must get on. */
+static void wait_for_calm(struct worker *w)
+{
+	struct timespec limit;
+	unsigned long before;
+
+	do {
+		before = rounds_of(w);
+		clock_gettime(CLOCK_REALTIME, &limit);
+		limit.tv_sec += WAIT_LIMIT_SECS;
+		if (!sem_timedwait(&w->calm, &limit))
+			return;
+	} while (errno == EINTR || rounds_of(w) != before);
+
+	TEST_FAIL("%s %u: expected more than %lu operations after another %d s, got none",
+		  w->name, w->nr, before, WAIT_LIMIT_SECS);
+}
+
+/* The second round from now on begins after now. */
+static void expect_progress(struct worker *w)
+{
+	unsigned long before = rounds_of(w);
+
+	__wait_for(rounds_of(w) >= before + 2,
+		   "%s %u: expected %lu rounds within %d s, got %lu, with %lu before",
+		   w->name, w->nr, before + 2, WAIT_LIMIT_SECS, rounds_of(w), before);
+}
+
+static unsigned long sum_rounds(unsigned int first, unsigned int n)
+{
+	unsigned long sum = 0;
+
+	while (n--)
+		sum += workers[first + n].rounds;
+	return sum;
 }
 
 static void usage(const char *name)
@@ -398,8 +468,8 @@ static void usage(const char *name)
 
 int main(int argc, char *argv[])
 {
-	pthread_t threads[MAX_VCPUS + 3], *chaos;
-	unsigned int i, nr = 0;
+	unsigned int i, first_chaos;
+	unsigned long nr_done;
 	uint64_t one = 1;
 	int opt, ret;
 
@@ -441,24 +511,35 @@ int main(int argc, char *argv[])
 	create_vm();
 	write_file("/sys/kernel/mm/ksm/run", "1");
 
+	workers = calloc(nr_vcpus + 3 + nr_chaos, sizeof(*workers));
+	TEST_ASSERT(workers, "calloc()");
+	pthread_barrier_init(&calm_barrier, NULL, nr_chaos + 1);
+
 	for (i = 0; i < nr_vcpus; i++)
-		threads[nr++] = create(vcpu_fn, vcpus[i]);
-	threads[nr++] = create(signal_fn, NULL);
-	threads[nr++] = create(send_fn, NULL);
-	threads[nr++] = create(fresh_fn, NULL);
+		create("vCPU", i, vcpu_fn);
+	create("signaller", 0, signal_fn);
+	create("sender", 0, send_fn);
+	create("watcher of fresh pages", 0, fresh_fn);
 
 	end_ns = now_ns() + nr_secs * 1000000000ull;
-	chaos = calloc(nr_chaos, sizeof(*chaos));
-	TEST_ASSERT(chaos, "calloc()");
+	first_chaos = nr_workers;
 	for (i = 0; i < nr_chaos; i++)
-		chaos[i] = create(chaos_fn, (void *)(unsigned long)i);
+		create("chaos thread", i, chaos_fn);
 	for (i = 0; i < nr_chaos; i++)
-		pthread_join(chaos[i], NULL);
-	free(chaos);
+		wait_for_calm(&workers[first_chaos + i]);
+	nr_done = sum_rounds(first_chaos, nr_chaos);
+
+	/* Nothing but drops from now on: everybody must get on. */
+	set_shinfo(BASE_GPA / page_size);
+	for (i = 0; i < nr_vcpus; i++)
+		set_caches(i);
+	pthread_barrier_wait(&calm_barrier);
+	for (i = 0; i < nr_workers; i++)
+		expect_progress(&workers[i]);
 
 	__atomic_store_n(&stop, true, __ATOMIC_RELAXED);
-	for (i = 0; i < nr; i++)
-		pthread_join(threads[i], NULL);
+	for (i = 0; i < nr_workers; i++)
+		join_thread(workers[i].thread, workers[i].name);
 	write_file("/sys/kernel/mm/ksm/run", "2");
 
 	/* All is quiet: everything works again. */
@@ -475,11 +556,8 @@ int main(int argc, char *argv[])
 		wait_for(pending(1 + i));
 	}
 
-	TEST_ASSERT(nr_done >= nr_chaos && nr_signals && nr_sends && nr_runs,
-		    "a thread got nowhere: %lu operations, %lu signals, %lu sends, %lu runs",
-		    nr_done, nr_signals, nr_sends, nr_runs);
-	printf("%lu operations, %lu signals, %lu sends, %lu runs\n", nr_done, nr_signals,
-	       nr_sends, nr_runs);
+	printf("%lu operations, %lu signals, %lu sends, %lu runs\n", nr_done,
+	       sum_rounds(nr_vcpus, 1), sum_rounds(nr_vcpus + 1, 1), sum_rounds(0, nr_vcpus));
 	kvm_vm_free(vm);
 	return 0;
 }

@@ -168,12 +168,25 @@ static bool port_pending(struct xen_vm *x, uint32_t port)
 	return READ_ONCE(bits[port / 8]) & BIT(port % 8);
 }
 
+static void set_pending(struct xen_vm *x, uint32_t port)
+{
+	shared_page(x, SHINFO_PAGE)[XEN_SHINFO_PENDING + port / 8] |= BIT(port % 8);
+}
+
+static uint8_t *port_masks(struct xen_vm *x)
+{
+	return shared_page(x, SHINFO_PAGE) +
+	       (x->long_mode ? XEN_SHINFO_MASK : XEN_SHINFO_COMPAT_MASK);
+}
+
 static void mask_port(struct xen_vm *x, uint32_t port)
 {
-	uint8_t *bits = shared_page(x, SHINFO_PAGE) +
-			(x->long_mode ? XEN_SHINFO_MASK : XEN_SHINFO_COMPAT_MASK);
+	port_masks(x)[port / 8] |= BIT(port % 8);
+}
 
-	bits[port / 8] |= BIT(port % 8);
+static void unmask_port(struct xen_vm *x, uint32_t port)
+{
+	port_masks(x)[port / 8] &= ~BIT(port % 8);
 }
 
 static void clear_pages(struct xen_vm *x)
@@ -231,6 +244,54 @@ static void send_by_irqfd(struct xen_vm *x, uint32_t port, int vcpu)
 	irqfd_destroy(x, fd);
 }
 
+static void assert_untouched(struct xen_vm *x, uint32_t port, const char *how)
+{
+	int i;
+
+	for (i = 0; i < NR_SHARED_PAGES * PAGE_SIZE; i++) {
+		if (x->shared[i])
+			TEST_FAIL("port %#x by %s, long mode %d: byte %#x is %#x, expected 0",
+				  port, how, x->long_mode, i, x->shared[i]);
+	}
+}
+
+/* What KVM writes at any time, whether there are events or not. */
+static void clear_times(struct xen_vm *x)
+{
+	uint8_t *shinfo = shared_page(x, SHINFO_PAGE);
+	int i;
+
+	if (x->long_mode) {
+		memset(shinfo + XEN_SHINFO_WALL_CLOCK, 0, 16);
+	} else {
+		memset(shinfo + XEN_SHINFO_COMPAT_WALL_CLOCK, 0, 12);
+		memset(shinfo + XEN_SHINFO_COMPAT_SEC_HI, 0, 4);
+	}
+	for (i = 0; i < ARRAY_SIZE(x->vcpus); i++)
+		memset(vcpu_info(x, i)->time, 0, sizeof(vcpu_info(x, i)->time));
+}
+
+/* No bit is set in the shared pages but those of the port and of its vCPU. */
+static void assert_nothing_else(struct xen_vm *x, uint32_t port, int vcpu,
+				const char *how)
+{
+	static uint8_t pages[NR_SHARED_PAGES * PAGE_SIZE] __aligned(8);
+	struct xen_vm rest = *x;
+	struct xen_vcpu_info *vi;
+
+	memcpy(pages, x->shared, sizeof(pages));
+	rest.shared = pages;
+	clear_times(&rest);
+	shared_page(&rest, SHINFO_PAGE)[XEN_SHINFO_PENDING + port / 8] &= ~BIT(port % 8);
+	vi = vcpu_info(&rest, vcpu);
+	vi->evtchn_upcall_pending = 0;
+	if (x->long_mode)
+		vi->evtchn_pending_sel &= ~sel_bit(x, port);
+	else
+		vi->compat_pending_sel &= ~sel_bit(x, port);
+	assert_untouched(&rest, port, how);
+}
+
 static void assert_delivered(struct xen_vm *x, uint32_t port, int vcpu,
 			     const char *how)
 {
@@ -245,18 +306,7 @@ static void assert_delivered(struct xen_vm *x, uint32_t port, int vcpu,
 		    "port %u by %s, long mode %d: evtchn_upcall_pending %u, expected 1",
 		    port, how, x->long_mode,
 		    vcpu_info(x, vcpu)->evtchn_upcall_pending);
-	TEST_ASSERT(!pending_sel(x, !vcpu),
-		    "port %u by %s raised an event for the other vCPU", port, how);
-}
-
-static void assert_untouched(struct xen_vm *x, uint32_t port, const char *how)
-{
-	int i;
-
-	for (i = 0; i < NR_SHARED_PAGES * PAGE_SIZE; i++)
-		TEST_ASSERT(!x->shared[i],
-			    "port %#x by %s, long mode %d: byte %#x is %#x, expected 0",
-			    port, how, x->long_mode, i, x->shared[i]);
+	assert_nothing_else(x, port, vcpu, how);
 }
 
 static void guest_nothing(void)
@@ -329,6 +379,8 @@ static void test_port(struct xen_vm *x, uint32_t port)
 	TEST_ASSERT(port_pending(x, port), "masked port %u not pending", port);
 	ASSERT_EQ(pending_sel(x, 0), 0);
 	ASSERT_EQ(vcpu_info(x, 0)->evtchn_upcall_pending, 0);
+	unmask_port(x, port);
+	assert_nothing_else(x, port, 0, "ioctl, masked");
 }
 
 /* Both modes, the first and the last ports, and the first that are none. */
@@ -425,26 +477,6 @@ static void uffd_resolve(int fd, void *page)
 static void *thread_run_to_sync(void *vcpu)
 {
 	return (void *)vcpu_run_to_sync(vcpu);
-}
-
-static pthread_t start_thread(void *(*fn)(void *), void *arg)
-{
-	pthread_t thread;
-
-	TEST_ASSERT(!pthread_create(&thread, NULL, fn, arg), "pthread_create() failed");
-	return thread;
-}
-
-static uint64_t join_thread(pthread_t thread, const char *what)
-{
-	struct timespec limit;
-	void *ret;
-
-	clock_gettime(CLOCK_REALTIME, &limit);
-	limit.tv_sec += WAIT_LIMIT_SECS;
-	TEST_ASSERT(!pthread_timedjoin_np(thread, &ret, &limit),
-		    "%s still waits after %d s", what, WAIT_LIMIT_SECS);
-	return (uint64_t)ret;
 }
 
 /* Takes kvm->lock, and can do nothing once there are vCPUs. */
@@ -711,7 +743,7 @@ static long unreclaimable_kib(void)
 /* A hypercall page that userspace provides costs no memory once it is written. */
 static void test_hypercall_page(void)
 {
-	const int nr_writes = 8192;
+	const long nr_writes = 8192, written = nr_writes * (long)PAGE_SIZE / 1024;
 	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
 	uint8_t *page = shared_page(x, TIME_INFO_PAGE);
 	struct kvm_xen_hvm_config config = {
@@ -739,10 +771,9 @@ static void test_hypercall_page(void)
 	 * A kernel that looks for leaks itself finds this one, and may keep
 	 * what was freed for a while, in order to see whether it is used.
 	 */
-	TEST_ASSERT(leaked < nr_writes * (PAGE_SIZE / 1024) / 2 ||
-		    !access("/sys/kernel/debug/kmemleak", F_OK),
-		    "%ld KiB of kernel memory gone after %d writes of a page",
-		    leaked, nr_writes);
+	TEST_ASSERT(leaked < written / 2 || !access("/sys/kernel/debug/kmemleak", F_OK),
+		    "%ld KiB of kernel memory gone after %ld KiB were written",
+		    leaked, written);
 
 	munmap(blob, PAGE_SIZE);
 	xen_vm_free(x);
@@ -923,6 +954,83 @@ static void test_arguments_of(struct xen_vm *x, bool compat)
 				 ARGS_GVA, 0), -EFAULT);
 }
 
+#define TIMER_PORT		8
+
+static void set_timer(struct xen_vm *x, uint64_t expires_ns)
+{
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+		.u.timer = {
+			.port = TIMER_PORT,
+			.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
+			.expires_ns = expires_ns,
+		},
+	}), 0);
+}
+
+static void assert_deadline(struct xen_vm *x, bool compat, uint64_t expected)
+{
+	uint64_t expires = get_vcpu_attr(x->vcpus[0],
+					 KVM_XEN_VCPU_ATTR_TYPE_TIMER).u.timer.expires_ns;
+
+	TEST_ASSERT(expires == expected, "hypercall of %d bits: deadline %#lx, expected %#lx",
+		    compat ? 32 : 64, expires, expected);
+}
+
+static int64_t set_singleshot_timer(struct xen_vm *x, bool compat, uint64_t gva)
+{
+	const uint64_t vcpu_id = 0;
+
+	return make_hypercall(x, compat, __HYPERVISOR_vcpu_op,
+			      VCPUOP_set_singleshot_timer, vcpu_id, gva);
+}
+
+/* A 64-bit argument has padding at its end, which has to be there. */
+static void test_timer_arguments_of(struct xen_vm *x, bool compat)
+{
+	const uint64_t end = ARGS_GVA + PAGE_SIZE;
+	const int len = compat ? 12 : 16;
+	struct {
+		uint64_t timeout;
+		uint32_t flags, pad;
+	} late = {
+		/* In 39 years, by bytes that all differ */
+		.timeout = 0x1122334455667788, .flags = ~VCPU_SSHOTTMR_future,
+	}, past = {
+		.timeout = 1, .flags = ~VCPU_SSHOTTMR_future,
+	}, refused = {
+		.timeout = 1, .flags = VCPU_SSHOTTMR_future,
+	};
+	uint64_t gva;
+
+	set_timer(x, 0);
+
+	for (gva = end - 3 * PAGE_SIZE / 4; gva <= end; gva += gva < end - 32 ? 64 : 1) {
+		write_arg(x, gva, &late, len);
+		ASSERT_EQ(set_singleshot_timer(x, compat, gva), 0);
+		assert_deadline(x, compat, late.timeout);
+
+		/* The flag alone decides what becomes of a deadline that has passed. */
+		write_arg(x, gva, &refused, len);
+		ASSERT_EQ(set_singleshot_timer(x, compat, gva), -ETIME);
+		assert_deadline(x, compat, late.timeout);
+
+		clear_pages(x);
+		write_arg(x, gva, &past, len);
+		ASSERT_EQ(set_singleshot_timer(x, compat, gva), 0);
+		assert_delivered(x, TIMER_PORT, 0, "VCPUOP_set_singleshot_timer");
+		assert_deadline(x, compat, 0);
+	}
+
+	/* What continues where nothing is, even if that is but padding. */
+	gva = end + PAGE_SIZE - 12;
+	write_arg(x, gva, &late, 12);
+	ASSERT_EQ(set_singleshot_timer(x, compat, gva), compat ? 0 : -EFAULT);
+	assert_deadline(x, compat, compat ? late.timeout : 0);
+	ASSERT_EQ(set_singleshot_timer(x, compat, gva + 1), -EFAULT);
+	assert_deadline(x, compat, compat ? late.timeout : 0);
+}
+
 /* Arguments of hypercalls in 64-bit and in 32-bit code, anywhere. */
 static void test_arguments(void)
 {
@@ -938,6 +1046,8 @@ static void test_arguments(void)
 		set_long_mode(x, mode);
 		test_arguments_of(x, false);
 		test_arguments_of(x, true);
+		test_timer_arguments_of(x, false);
+		test_timer_arguments_of(x, true);
 	}
 	xen_vm_free(x);
 }
@@ -953,6 +1063,13 @@ static void nothing(int sig) { }
 static void *thread_run_until_signal(void *vcpu)
 {
 	return (void *)(long)(__vcpu_run(vcpu) ? errno : 0);
+}
+
+static void drop_vcpu_info(struct xen_vm *x, int i)
+{
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[i], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, .u.gpa = GPA_INVALID,
+	}), 0);
 }
 
 /* Events for a vCPU without vcpu_info are raised as soon as it has one. */
@@ -982,10 +1099,7 @@ static void test_no_vcpu_info(void)
 			  PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET);
 		assert_delivered(x, 200, 0, "ioctl");
 
-		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
-			.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
-			.u.gpa = GPA_INVALID,
-		}), 0);
+		drop_vcpu_info(x, 0);
 	}
 
 	/* What nobody can deliver does not keep the vCPU awake. */
@@ -999,6 +1113,76 @@ static void test_no_vcpu_info(void)
 	ASSERT_EQ(join_thread(vcpu, "KVM_RUN"), EINTR);
 
 	xen_vm_free(x);
+}
+
+static void assert_raised(struct xen_vm *x, int vcpu, uint64_t sel)
+{
+	TEST_ASSERT(pending_sel(x, vcpu) == sel,
+		    "vCPU %d, long mode %d: evtchn_pending_sel %#lx, expected %#lx",
+		    vcpu, x->long_mode, pending_sel(x, vcpu), sel);
+	TEST_ASSERT(vcpu_info(x, vcpu)->evtchn_upcall_pending == !!sel,
+		    "vCPU %d, long mode %d: evtchn_upcall_pending %u, expected %d",
+		    vcpu, x->long_mode, vcpu_info(x, vcpu)->evtchn_upcall_pending, !!sel);
+}
+
+static void test_migration_to_mode(bool long_mode)
+{
+	const uint32_t nr_ports = long_mode ? LONG_MODE_PORTS : COMPAT_PORTS;
+	const uint32_t per_word = long_mode ? 64 : 32;
+	const uint32_t flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+			       KVM_XEN_HVM_CONFIG_EVTCHN_SEND;
+	struct xen_vm *from, *to;
+	uint64_t sel;
+	int i;
+
+	from = xen_vm_create(guest_nothing, flags);
+	set_long_mode(from, long_mode);
+	clear_pages(from);
+	ASSERT_EQ(send_by_ioctl(from, 100, 0), 0);
+
+	to = xen_vm_create(guest_nothing, flags);
+	set_long_mode(to, long_mode);
+	memcpy(to->shared, from->shared, NR_SHARED_PAGES * PAGE_SIZE);
+	xen_vm_free(from);
+	set_vcpu_info(to, 0);
+	assert_delivered(to, 100, 0, "migration");
+	drop_vcpu_info(to, 0);
+
+	/* Each in a word of its own: pending; masked; both; both, next to a pending one */
+	clear_pages(to);
+	set_pending(to, 1);
+	mask_port(to, 3 * per_word);
+	set_pending(to, 4 * per_word);
+	mask_port(to, 4 * per_word);
+	set_pending(to, 5 * per_word);
+	mask_port(to, 5 * per_word);
+	set_pending(to, 6 * per_word - 1);
+	set_pending(to, nr_ports - 1);
+	sel = sel_bit(to, 1) | sel_bit(to, 5 * per_word) | sel_bit(to, nr_ports - 1);
+	for (i = 0; i < 2; i++) {
+		assert_raised(to, i, 0);
+		set_vcpu_info(to, i);
+		assert_raised(to, i, sel);
+	}
+
+	/* Nothing to raise, but for the guest, when it unmasks the ports */
+	drop_vcpu_info(to, 0);
+	memset(vcpu_info(to, 0), 0, sizeof(struct xen_vcpu_info));
+	memset(port_masks(to), 0xff, nr_ports / 8);
+	set_vcpu_info(to, 0);
+	assert_raised(to, 0, 0);
+
+	xen_vm_free(to);
+}
+
+/*
+ * Of an event for a vCPU that had no vcpu_info before the VM moved, only the
+ * port's bit is left, in guest memory: the words are raised by what is there.
+ */
+static void test_migration_no_vcpu_info(void)
+{
+	test_migration_to_mode(true);
+	test_migration_to_mode(false);
 }
 
 /* An event ends the poll even if an upcall for its neighbour is due already. */
@@ -1019,26 +1203,9 @@ static void test_poll_unmasked(void)
 	xen_vm_free(x);
 }
 
-#define TIMER_PORT		8
-
 static uint64_t guest_clock(struct xen_vm *x)
 {
-	struct kvm_clock_data data;
-
-	vm_ioctl(x->vm, KVM_GET_CLOCK, &data);
-	return data.clock;
-}
-
-static void set_timer(struct xen_vm *x, uint64_t expires_ns)
-{
-	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
-		.u.timer = {
-			.port = TIMER_PORT,
-			.priority = KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL,
-			.expires_ns = expires_ns,
-		},
-	}), 0);
+	return xen_guest_clock(x->vm);
 }
 
 /* Have the guest set its deadline. */
@@ -1196,7 +1363,8 @@ static void assert_wall_clock(struct xen_vm *x, const char *how)
 {
 	struct {
 		uint32_t version, sec, nsec;
-	} *wc = (void *)shared_page(x, SHINFO_PAGE) + (x->long_mode ? 0xc00 : 0x900);
+	} *wc = (void *)shared_page(x, SHINFO_PAGE) +
+		(x->long_mode ? XEN_SHINFO_WALL_CLOCK : XEN_SHINFO_COMPAT_WALL_CLOCK);
 	int64_t boot_time = time(NULL) - guest_clock(x) / 1000000000;
 
 	TEST_ASSERT(wc->version && !(wc->version & 1),
@@ -1335,9 +1503,10 @@ static void test_upcall_vector(void)
 			.u.vector = UPCALL_VECTOR,
 		}), 0);
 		x->vcpus[0] = vcpu;
+		/* Nothing is pending that would send the vector already. */
+		clear_pages(x);
 		set_vcpu_info(x, 0);
 
-		clear_pages(x);
 		ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
 		assert_delivered(x, 8, 0, "ioctl");
 		vcpu_ioctl(vcpu, KVM_GET_LAPIC, &apic);
@@ -1405,8 +1574,10 @@ static void test_hva(void)
 
 	ASSERT_EQ(set_shared_info_hva(x, shinfo), 0);
 	assert_wall_clock(x, "shared_info set by address");
+	set_pending(x, 100);
 	ASSERT_EQ(set_vcpu_info_hva(x, vi), 0);
 	assert_addresses(x, none, shinfo, none, vi);
+	assert_delivered(x, 100, 0, "vcpu_info set by address");
 
 	clear_pages(x);
 	vm_mem_region_delete(x->vm, SHARED_SLOT);
@@ -1451,6 +1622,7 @@ static const struct test_case {
 	{ "mode_race", test_mode_race },
 	{ "arguments", test_arguments },
 	{ "no_vcpu_info", test_no_vcpu_info },
+	{ "migration_no_vcpu_info", test_migration_no_vcpu_info },
 	{ "poll_unmasked", test_poll_unmasked },
 	{ "timer_rearm", test_timer_rearm },
 	{ "timer_delivery", test_timer_delivery },
@@ -1603,7 +1775,9 @@ int main(int argc, char *argv[])
 		printf("%s\n", cases[i].name);
 		cases[i].run();
 	}
-	TEST_ASSERT(found, "no such case: %s", only);
+	if (!found)
+		help();
+	TEST_ASSERT(found, "no such case: %s, expected one of those listed", only);
 
 	return 0;
 }

@@ -17,6 +17,10 @@
 
 #define __HYPERVISOR_set_timer_op		15
 
+#define __HYPERVISOR_vcpu_op			24
+#define VCPUOP_set_singleshot_timer		8
+#define VCPU_SSHOTTMR_future			1
+
 #define __HYPERVISOR_sched_op			29
 #define SCHEDOP_yield				0
 #define SCHEDOP_poll				3
@@ -31,6 +35,11 @@
 #define XEN_SHINFO_PENDING			0x800
 #define XEN_SHINFO_MASK				0xa00
 #define XEN_SHINFO_COMPAT_MASK			0x880
+
+/* The wall clock, without the upper half of the seconds in a 32-bit guest's. */
+#define XEN_SHINFO_WALL_CLOCK			0xc00
+#define XEN_SHINFO_COMPAT_WALL_CLOCK		0x900
+#define XEN_SHINFO_COMPAT_SEC_HI		0x924
 
 struct xen_vcpu_info {
 	uint8_t evtchn_upcall_pending;
@@ -60,6 +69,15 @@ static inline int xen_send_event(struct kvm_vm *vm, uint32_t port, uint32_t vcpu
 	};
 
 	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
+}
+
+/* By which the guest sets its timers. */
+static inline uint64_t xen_guest_clock(struct kvm_vm *vm)
+{
+	struct kvm_clock_data data;
+
+	vm_ioctl(vm, KVM_GET_CLOCK, &data);
+	return data.clock;
 }
 
 /* For use by guest code, in 64-bit mode. */

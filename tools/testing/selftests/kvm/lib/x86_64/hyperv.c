@@ -2,11 +2,22 @@
 /*
  * Hyper-V hypercalls
  */
+#define _GNU_SOURCE /* for CPU_SET() */
+#include <sched.h>
 #include <stdint.h>
 
 #include "kvm_util.h"
 #include "processor.h"
 #include "hyperv.h"
+
+const uint16_t hyperv_flush_codes[] = {
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE,
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST,
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE_EX,
+	HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST_EX,
+};
+
+static cpu_set_t unpinned_cpus;
 
 vm_vaddr_t vcpu_alloc_hyperv_hcall_pages(struct kvm_vm *vm)
 {
@@ -18,6 +29,56 @@ vm_vaddr_t vcpu_alloc_hyperv_hcall_pages(struct kvm_vm *vm)
 	pages->input = (void *)vm_vaddr_alloc_page(vm);
 	pages->input_gpa = addr_gva2gpa(vm, (vm_vaddr_t)pages->input);
 	return gva;
+}
+
+/*
+ * A flush of the vCPUs in @targets, where vCPU i has VP index @vp_index[i].
+ * Only VP sets, which the _EX hypercalls take, can name those from 64 on.
+ */
+void hyperv_set_flush(struct hyperv_tlb_flush *flush, uint16_t code, bool fast,
+		      const uint32_t *vp_index, uint32_t targets)
+{
+	uint64_t banks[HV_MAX_SPARSE_BANKS] = {};
+	int i;
+
+	memset(flush, 0, sizeof(*flush));
+	flush->code = code;
+	flush->fast = fast;
+	flush->rep_cnt = hyperv_flush_is_list(code);
+
+	for (i = 0; i < 32; i++) {
+		if (targets & BIT(i))
+			banks[vp_index[i] / 64] |= BIT_ULL(vp_index[i] % 64);
+	}
+
+	if (!hyperv_flush_is_ex(code)) {
+		flush->processor_mask = banks[0];
+		return;
+	}
+
+	for (i = 0; i < HV_MAX_SPARSE_BANKS; i++) {
+		if (!banks[i])
+			continue;
+		flush->valid_bank_mask |= BIT_ULL(i);
+		flush->banks[flush->var_cnt++] = banks[i];
+	}
+}
+
+void pin_to_cpu(void)
+{
+	int cpu = sched_getcpu();
+	cpu_set_t cpus;
+
+	CPU_ZERO(&cpus);
+	CPU_SET(cpu, &cpus);
+	TEST_ASSERT(!sched_getaffinity(0, sizeof(unpinned_cpus), &unpinned_cpus) &&
+		    !sched_setaffinity(0, sizeof(cpus), &cpus),
+		    "Cannot stay on CPU %d, errno %d", cpu, errno);
+}
+
+void unpin_from_cpu(void)
+{
+	sched_setaffinity(0, sizeof(unpinned_cpus), &unpinned_cpus);
 }
 
 void hyperv_enable_hypercalls(const struct hyperv_hcall_pages *pages)
