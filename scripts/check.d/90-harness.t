@@ -41,6 +41,10 @@ no_verdict() {
 no_boot() {
 	BOOT_LIMIT=1 turns_red verdict 'no verdict' x86_64 plain $'10\tv\t/victim pass' && red qemu 'did not boot within 1 s'
 }
+leaks() {
+	turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko' &&
+		grep 'unreferenced object' "$work/out/no leak.log"
+}
 setting_restored() {
 	machine x86_64 plain $'10\ta\t/proc/sys/kernel/panic_on_oops=0 /victim pass' \
 		$'10\tb\t/victim pass' && not grep 'setting' "$work/out/tap"
@@ -63,7 +67,7 @@ ok "a kernel panic is red" turns_red verdict 'no verdict' x86_64 plain $'10\tv\t
 ok "a kernel panic is red on arm64" turns_red verdict 'no verdict' arm64 plain $'10\tv\t/victim panic'
 ok "a machine without a verdict is red" no_verdict
 ok "a machine that does not boot is red" no_boot
-ok "a leak is red" turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko'
+ok "a leak is red, with its report" leaks
 ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
 ok "a test's settings are put back" setting_restored
 ok "a setting that fails is said" bad_setting

@@ -1071,23 +1071,51 @@ static void test_destroy(void)
 	}
 }
 
-/* Device and LPI are far from all others, to need new nodes in the xarrays. */
-#define FAR_DEVICE	0x4000
-#define FAR_LPI		(LPI_BASE + 0x4000)
+/*
+ * Devices and LPIs that are far from all others, and from each other, to need
+ * new nodes in the xarrays, which have 64 slots at most.
+ */
+#define FAR_DEVICE(i)	(0x4000 + 64 * (i))
+#define FAR_LPI(i)	(LPI_BASE + 0x4000 + 64 * (i))
+#define NR_FAR		256
+
+/* Shared with the guest: which of them */
+static uint32_t far;
 
 static void guest_mapd_far(void)
 {
-	its_send_mapd(&its[0], FAR_DEVICE, itt(3), EVENT_BITS, true);
+	its_send_mapd(&its[0], FAR_DEVICE(far), itt(3), EVENT_BITS, true);
 }
 
 static void guest_mapti_far(void)
 {
-	its_send_mapti(&its[0], FAR_DEVICE, 0, 0, FAR_LPI);
+	its_send_mapti(&its[0], FAR_DEVICE(far), 0, 0, FAR_LPI(far));
+}
+
+static void guest_map_far(void)
+{
+	guest_mapd_far();
+	guest_mapti_far();
 }
 
 static void guest_discard_far(void)
 {
-	its_send_discard(&its[0], FAR_DEVICE, 0);
+	its_send_discard(&its[0], FAR_DEVICE(far), 0);
+}
+
+static void set_far(uint32_t i)
+{
+	far = i;
+	sync_global_to_guest(vm, far);
+}
+
+static void guest_touch_cmdq(void)
+{
+	int i;
+
+	/* Have all of the queue mapped at stage 2. */
+	for (i = 0; i < ITS_CMDQ_SIZE / 32; i++)
+		its_send_sync(&its[0], 0);
 }
 
 static bool write_file(const char *path, const char *text)
@@ -1100,28 +1128,30 @@ static bool write_file(const char *path, const char *text)
 	return ok;
 }
 
+#define FAILSLAB	"/sys/kernel/debug/failslab/"
+
 /*
  * Each memory allocation of a MAPTI fails in turn.  Either the event is mapped
  * then, or nothing is left of it.
  */
 static void test_mapti_nomem(void)
 {
-	const struct result far = DELIVERED(FAR_LPI, 0), unmapped = UNMAPPED;
+	const struct result mapped = DELIVERED(FAR_LPI(0), 0), unmapped = UNMAPPED;
 	int fd = open("/proc/thread-self/fail-nth", O_RDWR);
 	int nth, nr_failed = 0;
 	char buf[16];
 
 	if (fd < 0 ||
-	    !write_file("/sys/kernel/debug/failslab/ignore-gfp-wait", "N") ||
-	    !write_file("/sys/kernel/debug/failslab/verbose", "0")) {
+	    !write_file(FAILSLAB "ignore-gfp-wait", "N") ||
+	    !write_file(FAILSLAB "verbose", "0")) {
 		pr_info("MAPTI without memory: skipped, no fault injection\n");
 		return;
 	}
 
 	create_vm();
-	run_vcpu(vcpus[1], guest_mapd_far);
-	run_vcpu(vcpus[1], guest_mapti_far);
-	check_msi("with memory", doorbell(&its[0]), FAR_DEVICE, 0, &far);
+	set_far(0);
+	run_vcpu(vcpus[1], guest_map_far);
+	check_msi("with memory", doorbell(&its[0]), FAR_DEVICE(0), 0, &mapped);
 	run_vcpu(vcpus[1], guest_discard_far);
 
 	for (nth = 1; ; nth++) {
@@ -1145,11 +1175,11 @@ static void test_mapti_nomem(void)
 		if (vm_get_stat(vm, "lpis") == ARRAY_SIZE(msis)) {
 			nr_failed++;
 			check_msi("MAPTI without memory", doorbell(&its[0]),
-				  FAR_DEVICE, 0, &unmapped);
+				  FAR_DEVICE(0), 0, &unmapped);
 		} else {
 			check_vm_stat("MAPTI", "lpis", ARRAY_SIZE(msis) + 1);
 			check_msi("MAPTI with memory", doorbell(&its[0]),
-				  FAR_DEVICE, 0, &far);
+				  FAR_DEVICE(0), 0, &mapped);
 			run_vcpu(vcpus[1], guest_discard_far);
 			check_vm_stat("DISCARD", "lpis", ARRAY_SIZE(msis));
 		}
@@ -1166,23 +1196,95 @@ static void test_mapti_nomem(void)
 		nth - 1);
 	destroy_vm();
 
-	write_file("/sys/kernel/debug/failslab/ignore-gfp-wait", "Y");
-	write_file("/sys/kernel/debug/failslab/verbose", "2");
+	write_file(FAILSLAB "ignore-gfp-wait", "Y");
+	write_file(FAILSLAB "verbose", "2");
 	close(fd);
 }
 
-/* More than fits into the limit below, and less than there are LPIs */
-#define NR_MANY		1024
-#define MANY_LIMIT	"1M"
-
-static void guest_touch_cmdq(void)
+/*
+ * Memory runs out after more and more of what MAPD and MAPTI take.  (Leaks cannot
+ * be seen here: where kmemleak gets no memory to note an allocation down, it uses
+ * a static pool, and takes what is written there for references.)
+ */
+static void test_map_out_of_memory(void)
 {
-	int i;
+	const struct result unmapped = UNMAPPED;
+	int fd = open("/proc/thread-self/make-it-fail", O_RDWR);
+	struct result mapped = DELIVERED(0, 0);
+	uint64_t lpis;
+	char buf[16];
+	int i, ret;
 
-	/* Have all of the queue mapped at stage 2. */
-	for (i = 0; i < ITS_CMDQ_SIZE / 32; i++)
-		its_send_sync(&its[0], 0);
+	if (fd < 0 ||
+	    !write_file(FAILSLAB "task-filter", "Y") ||
+	    !write_file(FAILSLAB "ignore-gfp-wait", "N") ||
+	    !write_file(FAILSLAB "verbose", "0") ||
+	    !write_file(FAILSLAB "times", "1000000") ||
+	    !write_file(FAILSLAB "probability", "100")) {
+		pr_info("Out of memory: skipped, no fault injection\n");
+		return;
+	}
+
+	create_vm();
+	run_vcpu(vcpus[1], guest_touch_cmdq);
+	/* No page fault is to want memory. */
+	TEST_ASSERT(!mlockall(MCL_CURRENT | MCL_FUTURE),
+		    "mlockall() failed, errno: %d", errno);
+
+	for (i = 0; i < NR_FAR; i++) {
+		set_far(i);
+		guest_command = guest_map_far;
+		sync_global_to_guest(vm, guest_command);
+
+		snprintf(buf, sizeof(buf), "%d", i * 64);
+		TEST_ASSERT(write_file(FAILSLAB "space", buf),
+			    "Failed to write space, errno: %d", errno);
+		TEST_ASSERT(pwrite(fd, "1", 1, 0) == 1,
+			    "Failed to set make-it-fail, errno: %d", errno);
+		ret = _vcpu_run(vcpus[1]);
+		TEST_ASSERT(pwrite(fd, "0", 1, 0) == 1,
+			    "Failed to reset make-it-fail, errno: %d", errno);
+		TEST_ASSERT(!ret && get_ucall(vcpus[1], NULL) == UCALL_SYNC,
+			    "Expected KVM_RUN to return 0 and the guest to go on, got %d, errno %d",
+			    ret, errno);
+
+		lpis = vm_get_stat(vm, "lpis");
+		if (lpis != ARRAY_SIZE(msis))
+			break;
+		check_msi("out of memory", doorbell(&its[0]), FAR_DEVICE(i), 0,
+			  &unmapped);
+	}
+
+	TEST_ASSERT(i > 0 && i < NR_FAR,
+		    "Expected an event to be mapped with 64 to %d bytes, got %d",
+		    (NR_FAR - 1) * 64, i * 64);
+	check_vm_stat("enough memory", "lpis", ARRAY_SIZE(msis) + 1);
+	mapped.intid = FAR_LPI(i);
+	check_msi("enough memory", doorbell(&its[0]), FAR_DEVICE(i), 0, &mapped);
+	pr_info("Out of memory: MAPD and MAPTI take %d bytes at most\n", i * 64);
+
+	/* What could not be mapped can be, when there is memory. */
+	set_far(0);
+	run_vcpu(vcpus[1], guest_map_far);
+	mapped.intid = FAR_LPI(0);
+	check_msi("memory again", doorbell(&its[0]), FAR_DEVICE(0), 0, &mapped);
+
+	munlockall();
+	destroy_vm();
+
+	write_file(FAILSLAB "probability", "0");
+	write_file(FAILSLAB "times", "1");
+	write_file(FAILSLAB "verbose", "2");
+	write_file(FAILSLAB "ignore-gfp-wait", "Y");
+	write_file(FAILSLAB "task-filter", "N");
+	close(fd);
 }
+
+/* More than fit into the highest limit, in bytes */
+#define NR_MANY		256
+#define LIMIT_FIRST	(160 * 1024)
+#define LIMIT_LAST	(216 * 1024)
+#define LIMIT_STEP	(8 * 1024)
 
 static void guest_map_many(void)
 {
@@ -1195,25 +1297,18 @@ static void guest_map_many(void)
 }
 
 /*
- * Memory for what the guest maps is charged to its cgroup.  Use a hierarchy of
- * cgroup v1, where charges can be made to fail instead of killing the process.
+ * Map events in a cgroup, @dir being the root of its hierarchy, until its limit
+ * is reached.
  */
-static void test_memcg(void)
+static void test_memcg_limit(const char *dir, int limit)
 {
-	char dir[] = "/tmp/vgic_its_translation_test.XXXXXX";
-	char group[64], path[128], pid[16];
+	char group[64], path[128], text[16];
 	int ret, limit_fd;
 	uint64_t lpis;
 
-	mkdir("/tmp", 01777);
-	if (!mkdtemp(dir) || mount("cgroup", dir, "cgroup", 0, "memory")) {
-		pr_info("Memory limit: skipped, no cgroup v1 hierarchy for memory\n");
-		rmdir(dir);
-		return;
-	}
 	snprintf(group, sizeof(group), "%s/vm", dir);
-	mkdir(group, 0755);
-	snprintf(pid, sizeof(pid), "%d", getpid());
+	TEST_ASSERT(!mkdir(group, 0755), "Failed to make %s, errno: %d", group,
+		    errno);
 
 	create_vm();
 	run_vcpu(vcpus[1], guest_touch_cmdq);
@@ -1224,11 +1319,13 @@ static void test_memcg(void)
 	snprintf(path, sizeof(path), "%s/memory.oom_control", group);
 	TEST_ASSERT(write_file(path, "1"), "Failed to write %s", path);
 	snprintf(path, sizeof(path), "%s/memory.limit_in_bytes", group);
-	TEST_ASSERT(write_file(path, MANY_LIMIT), "Failed to write %s", path);
+	snprintf(text, sizeof(text), "%d", limit);
+	TEST_ASSERT(write_file(path, text), "Failed to write %s", path);
 	/* To lift the limit with, when there is no memory to open files. */
 	limit_fd = open(path, O_WRONLY);
 	snprintf(path, sizeof(path), "%s/tasks", group);
-	TEST_ASSERT(write_file(path, pid), "Failed to write %s", path);
+	snprintf(text, sizeof(text), "%d", getpid());
+	TEST_ASSERT(write_file(path, text), "Failed to write %s", path);
 
 	guest_command = guest_map_many;
 	sync_global_to_guest(vm, guest_command);
@@ -1238,7 +1335,7 @@ static void test_memcg(void)
 		    "Failed to lift the memory limit, errno: %d", errno);
 	close(limit_fd);
 	snprintf(path, sizeof(path), "%s/tasks", dir);
-	TEST_ASSERT(write_file(path, pid), "Failed to write %s", path);
+	TEST_ASSERT(write_file(path, text), "Failed to write %s", path);
 	munlockall();
 
 	TEST_ASSERT(!ret && get_ucall(vcpus[1], NULL) == UCALL_SYNC,
@@ -1248,8 +1345,8 @@ static void test_memcg(void)
 	lpis = vm_get_stat(vm, "lpis");
 	TEST_ASSERT(lpis > ARRAY_SIZE(msis) && lpis < ARRAY_SIZE(msis) + NR_MANY,
 		    "Expected some but not all of %d events to be mapped, got %lu",
-		    NR_MANY, lpis);
-	pr_info("Memory limit of %s: mapped %lu of %d events\n", MANY_LIMIT,
+		    NR_MANY, lpis - ARRAY_SIZE(msis));
+	pr_info("Memory limit of %d KiB: mapped %lu of %d events\n", limit / 1024,
 		lpis - ARRAY_SIZE(msis), NR_MANY);
 
 	/* Those that were mapped work, the others do not, and all can go. */
@@ -1267,7 +1364,28 @@ static void test_memcg(void)
 	check_vm_stat("mapped anew", "lpis", ARRAY_SIZE(msis));
 	destroy_vm();
 
-	rmdir(group);
+	TEST_ASSERT(!rmdir(group), "Failed to remove %s, errno: %d", group, errno);
+}
+
+/*
+ * Memory for what the guest maps is charged to its cgroup.  Use a hierarchy of
+ * cgroup v1, where charges can be made to fail instead of killing the process.
+ * What is left of a last event depends on which of its allocations failed, so
+ * try several limits.
+ */
+static void test_memcg(void)
+{
+	char dir[] = "/tmp/vgic_its_translation_test.XXXXXX";
+	int limit;
+
+	mkdir("/tmp", 01777);
+	if (!mkdtemp(dir) || mount("cgroup", dir, "cgroup", 0, "memory")) {
+		pr_info("Memory limit: skipped, no cgroup v1 hierarchy for memory\n");
+		rmdir(dir);
+		return;
+	}
+	for (limit = LIMIT_FIRST; limit <= LIMIT_LAST; limit += LIMIT_STEP)
+		test_memcg_limit(dir, limit);
 	umount(dir);
 	rmdir(dir);
 }
@@ -1303,6 +1421,7 @@ int main(int argc, char *argv[])
 	test_irqfd();
 	test_destroy();
 	test_mapti_nomem();
+	test_map_out_of_memory();
 	test_memcg();
 
 	return 0;
