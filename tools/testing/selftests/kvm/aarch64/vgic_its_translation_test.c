@@ -21,7 +21,8 @@
  *  - MSIs through irqfd, which must be injected in atomic context from the first
  *    one on; statistics
  *  - VMs that are destroyed with LPIs pending, and while MSIs are raised
- *  - MAPTI with memory allocations failing one by one (fault injection)
+ *  - MAPTI with memory allocations failing one by one, MAPD and MAPTI with all
+ *    of them failing from one on (fault injection)
  *  - MAPD and MAPTI of a guest that exceeds the memory limit of its cgroup
  */
 
