@@ -83,7 +83,11 @@ start() {
 # alive: show, and see that nothing went wrong
 alive() {
 	show
-	kill -0 $pid 2> /dev/null || die "QEMU has stopped"
+	if ! kill -0 $pid 2> /dev/null; then
+		rc=0
+		wait $pid || rc=$?
+		die "QEMU has stopped, exit code $rc"
+	fi
 	! grep -q 'guest: failed' /tmp/console || die "the guest says that it failed"
 	! grep -qi 'error' /tmp/answers || die "QEMU says that it failed"
 	usleep 100000
