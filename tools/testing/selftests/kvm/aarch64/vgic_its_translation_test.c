@@ -358,10 +358,15 @@ static void guest_clear(void)
 
 /* The host */
 
-static void run_vcpu(struct kvm_vcpu *vcpu, void (*command)(void))
+static void set_command(void (*command)(void))
 {
 	guest_command = command;
 	sync_global_to_guest(vm, guest_command);
+}
+
+static void run_vcpu(struct kvm_vcpu *vcpu, void (*command)(void))
+{
+	set_command(command);
 	vcpu_run_to_sync(vcpu);
 }
 
@@ -1156,8 +1161,7 @@ static void test_mapti_nomem(void)
 	run_vcpu(vcpus[1], guest_discard_far);
 
 	for (nth = 1; ; nth++) {
-		guest_command = guest_mapti_far;
-		sync_global_to_guest(vm, guest_command);
+		set_command(guest_mapti_far);
 
 		snprintf(buf, sizeof(buf), "%d", nth);
 		TEST_ASSERT(pwrite(fd, buf, strlen(buf), 0) == strlen(buf),
@@ -1234,8 +1238,7 @@ static void test_map_out_of_memory(void)
 
 	for (i = 0; i < NR_FAR; i++) {
 		set_far(i);
-		guest_command = guest_map_far;
-		sync_global_to_guest(vm, guest_command);
+		set_command(guest_map_far);
 
 		snprintf(buf, sizeof(buf), "%d", i * 64);
 		TEST_ASSERT(write_file(FAILSLAB "space", buf),
@@ -1328,8 +1331,7 @@ static void test_memcg_limit(const char *dir, int limit)
 	snprintf(text, sizeof(text), "%d", getpid());
 	TEST_ASSERT(write_file(path, text), "Failed to write %s", path);
 
-	guest_command = guest_map_many;
-	sync_global_to_guest(vm, guest_command);
+	set_command(guest_map_many);
 	ret = _vcpu_run(vcpus[1]);
 
 	TEST_ASSERT(write(limit_fd, "-1", 2) == 2,
