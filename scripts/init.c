@@ -17,7 +17,7 @@
  *
  * A test passes with exit code 0 and a clean kernel log, is skipped with exit
  * code 4 (KSFT_SKIP), and fails otherwise.  It is killed, with all it started,
- * when its time is over.
+ * when its time is over; where its threads stood is in the TAP.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -307,6 +307,61 @@ static void restore_settings(void)
 	}
 }
 
+/* Pass the lines of a file on, indented. */
+static void show_file(const char *path)
+{
+	FILE *f = fopen(path, "re");
+	char line[512];
+
+	while (f && fgets(line, sizeof(line), f)) {
+		line[strcspn(line, "\n")] = '\0';
+		tap("#   %s\n", line);
+	}
+	if (f)
+		fclose(f);
+}
+
+/*
+ * Show where each thread of the test stands: its state, system call and kernel
+ * stack.  Kernel threads are left out; they have no command line.
+ */
+static void show_threads(void)
+{
+	struct dirent *process, *thread;
+	char path[512], text[512];
+	DIR *processes, *threads;
+
+	processes = opendir("/proc");
+	while (processes && (process = readdir(processes))) {
+		if (!isdigit(process->d_name[0]) || !strcmp(process->d_name, "1"))
+			continue;
+		snprintf(path, sizeof(path), "/proc/%s/cmdline", process->d_name);
+		if (!read_line(path, text, sizeof(text)))
+			continue;
+
+		snprintf(path, sizeof(path), "/proc/%s/task", process->d_name);
+		threads = opendir(path);
+		while (threads && (thread = readdir(threads))) {
+			int len = snprintf(path, sizeof(path), "/proc/%s/task/%s/",
+					   process->d_name, thread->d_name);
+
+			if (!isdigit(thread->d_name[0]))
+				continue;
+			strcpy(path + len, "stat");
+			if (read_line(path, text, sizeof(text)))
+				tap("# thread %s\n", text);
+			strcpy(path + len, "syscall");
+			show_file(path);
+			strcpy(path + len, "stack");
+			show_file(path);
+		}
+		if (threads)
+			closedir(threads);
+	}
+	if (processes)
+		closedir(processes);
+}
+
 /* Reap what a test left behind, and wait until nothing but PID 1 lives. */
 static void kill_leftovers(void)
 {
@@ -399,8 +454,10 @@ static void run_test(long timeout, const char *name, char *command)
 
 	close(fds[1]);
 	in_time = copy_output(fds[0], start + timeout, reason, sizeof(reason));
-	if (!in_time)
+	if (!in_time) {
+		show_threads();
 		kill(pid, SIGKILL);
+	}
 	waitpid(pid, &status, 0);
 	close(fds[0]);
 	kill_leftovers();

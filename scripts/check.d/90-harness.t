@@ -41,6 +41,10 @@ no_verdict() {
 no_boot() {
 	BOOT_LIMIT=1 turns_red verdict 'no verdict' x86_64 plain $'10\tv\t/victim pass' && red qemu 'did not boot within 1 s'
 }
+hangs() {
+	turns_red v 'not done after 3 s' x86_64 plain $'3\tv\t/victim hang' &&
+		grep -A 2 '^thread .*(victim) S ' "$work/out/v.log" && grep 'do_syscall_64' "$work/out/v.log"
+}
 leaks() {
 	turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko' &&
 		grep 'unreferenced object' "$work/out/no leak.log"
@@ -59,7 +63,7 @@ ok "a skipping test is a skip, with its reason" skips
 ok "a failing test is red" turns_red v 'exit code 1' x86_64 plain $'10\tv\t/victim fail'
 ok "a missing program is red" turns_red v 'exit code 127' x86_64 plain $'10\tv\t/nothing'
 ok "a crashing test is red" turns_red v 'signal 6' x86_64 plain $'10\tv\t/victim crash'
-ok "a hanging test is red" turns_red v 'not done after 3 s' x86_64 plain $'3\tv\t/victim hang'
+ok "a hanging test is red, and where it stands is shown" hangs
 ok "a splat in the log is red" turns_red v 'splat: WARNING:planted' \
 	x86_64 plain $'10\tv\t/victim log WARNING:planted'
 ok "a kernel warning is red" turns_red v 'the machine died' x86_64 plain $'10\tv\t/victim splat'

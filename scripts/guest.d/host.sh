@@ -24,7 +24,8 @@ show() {
 die() {
 	show
 	tail -n 20 /tmp/answers
-	echo "error: $*"
+	# QEMU's prompt has no newline.
+	printf '\nerror: %s\n' "$*"
 	exit 1
 }
 
@@ -140,7 +141,8 @@ for mib in 160 256; do
 done
 plug 512
 ins=$(value page_in)
-echo 128M > /sys/fs/cgroup/guest/memory.reclaim || die "cannot swap out 128 MiB"
+# Less than asked for is an error too (EAGAIN); how much it was is looked at below.
+echo 128M > /sys/fs/cgroup/guest/memory.reclaim 2> /dev/null || :
 out=$(($(cat /sys/fs/cgroup/guest/memory.swap.current) / 1048576))
 next 1
 ins=$(($(value page_in) - ins))

@@ -206,15 +206,18 @@ struct test_vm {
 static void *runner_thread(void *arg)
 {
 	struct runner *r = arg;
+	struct kvm_run *run = r->vcpu->run;
 	struct ucall uc;
 
 	__atomic_store_n(&r->tid, syscall(__NR_gettid), __ATOMIC_RELEASE);
 
 	r->ret = __vcpu_run(r->vcpu);
 	r->err = errno;
+	TEST_ASSERT(r->ret ? r->err == EINTR : run->exit_reason == KVM_EXIT_IO,
+		    "vCPU %u: ret %d errno %d exit reason %s, expected I/O or a signal",
+		    r->vcpu->id, r->ret, r->err, exit_reason_str(run->exit_reason));
 
-	if (!r->ret && r->vcpu->run->exit_reason == KVM_EXIT_IO &&
-	    r->vcpu->run->io.port != STUB_PORT) {
+	if (!r->ret && run->io.port != STUB_PORT) {
 		switch (get_ucall(r->vcpu, &uc)) {
 		case UCALL_SYNC:
 			r->sync = uc.args[1];
@@ -1046,11 +1049,9 @@ static void join_stub(struct runner *r)
 	struct kvm_run *run = r->vcpu->run;
 
 	runner_join(r);
-	TEST_ASSERT(!r->ret && run->exit_reason == KVM_EXIT_IO &&
-		    run->io.port == STUB_PORT,
-		    "vCPU %u: ret %d exit reason %s, expected I/O to port %#x",
-		    r->vcpu->id, r->ret, exit_reason_str(run->exit_reason),
-		    STUB_PORT);
+	TEST_ASSERT(!r->ret && run->io.port == STUB_PORT,
+		    "vCPU %u: ret %d port %#x, expected port %#x",
+		    r->vcpu->id, r->ret, run->io.port, STUB_PORT);
 }
 
 static void test_init_sipi(void)
