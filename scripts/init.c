@@ -307,18 +307,35 @@ static void restore_settings(void)
 	}
 }
 
-/* Pass the lines of a file on, indented. */
-static void show_file(const char *path)
+/* Pass the lines of a file on, indented.  Returns how many, or -1 without file. */
+static int show_file(const char *path, const char *indent)
 {
 	FILE *f = fopen(path, "re");
-	char line[512];
+	char line[1024];
+	int lines = 0;
 
-	while (f && fgets(line, sizeof(line), f)) {
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f)) {
+		lines++;
 		line[strcspn(line, "\n")] = '\0';
-		tap("#   %s\n", line);
+		tap("# %s%s\n", indent, line);
 	}
-	if (f)
-		fclose(f);
+	fclose(f);
+	return lines;
+}
+
+static void show_thread(const char *process, const char *thread)
+{
+	char path[600], text[512];
+
+	snprintf(path, sizeof(path), "/proc/%s/task/%s/stat", process, thread);
+	if (read_line(path, text, sizeof(text)))
+		tap("# thread %s\n", text);
+	snprintf(path, sizeof(path), "/proc/%s/task/%s/syscall", process, thread);
+	show_file(path, "  ");
+	snprintf(path, sizeof(path), "/proc/%s/task/%s/stack", process, thread);
+	show_file(path, "  ");
 }
 
 /*
@@ -342,18 +359,8 @@ static void show_threads(void)
 		snprintf(path, sizeof(path), "/proc/%s/task", process->d_name);
 		threads = opendir(path);
 		while (threads && (thread = readdir(threads))) {
-			int len = snprintf(path, sizeof(path), "/proc/%s/task/%s/",
-					   process->d_name, thread->d_name);
-
-			if (!isdigit(thread->d_name[0]))
-				continue;
-			strcpy(path + len, "stat");
-			if (read_line(path, text, sizeof(text)))
-				tap("# thread %s\n", text);
-			strcpy(path + len, "syscall");
-			show_file(path);
-			strcpy(path + len, "stack");
-			show_file(path);
+			if (isdigit(thread->d_name[0]))
+				show_thread(process->d_name, thread->d_name);
 		}
 		if (threads)
 			closedir(threads);
@@ -551,9 +558,6 @@ static void clear_cached_stacks(void)
 static void check_leaks(void)
 {
 	static const char path[] = "/sys/kernel/debug/kmemleak";
-	char line[1024];
-	int lines = 0;
-	FILE *f;
 
 	if (access(path, F_OK))
 		return;
@@ -564,15 +568,7 @@ static void check_leaks(void)
 	sleep(6);
 	if (!write_file(path, "scan") || !write_file(path, "scan"))
 		give_up(path);
-	f = fopen(path, "re");
-	while (f && fgets(line, sizeof(line), f)) {
-		lines++;
-		line[strcspn(line, "\n")] = '\0';
-		tap("# %s\n", line);
-	}
-	if (f)
-		fclose(f);
-	point(f && !lines, "no leak", "");
+	point(!show_file(path, ""), "no leak", "");
 }
 
 /*

@@ -84,11 +84,10 @@ start() {
 # alive: show, and see that nothing went wrong
 alive() {
 	show
-	if ! kill -0 $pid 2> /dev/null; then
-		rc=0
-		wait $pid || rc=$?
-		die "QEMU has stopped, exit code $rc"
-	fi
+	kill -0 $pid 2> /dev/null || {
+		wait $pid
+		die "QEMU has stopped, exit code $?"
+	}
 	! grep -q 'guest: failed' /tmp/console || die "the guest says that it failed"
 	! grep -qi 'error' /tmp/answers || die "QEMU says that it failed"
 	usleep 100000
