@@ -14,6 +14,7 @@
 #include <sched.h>
 #include <signal.h>
 #include <time.h>
+#include <asm/kvm_para.h>
 #include <linux/userfaultfd.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
@@ -1407,6 +1408,241 @@ static void test_wall_clock(void)
 	xen_vm_free(x);
 }
 
+/*
+ * Preempting the thread that calls start_preempting(), in each of its rounds at
+ * another moment: a thread of higher priority on the same CPU, which keeps it for
+ * preempt_ns, is woken up from another CPU.
+ */
+static uint64_t preempt_ns;
+static int preempt_round, nr_preemptions;
+
+static struct {
+	pthread_t preempt, wake_up;
+	cpu_set_t cpus, others;
+	int fd;
+} preempting;
+
+static void set_affinity(cpu_set_t *cpus)
+{
+	TEST_ASSERT(!sched_setaffinity(0, sizeof(*cpus), cpus),
+		    "sched_setaffinity(): %s", strerror(errno));
+}
+
+static void *thread_preempt(void *unused)
+{
+	const struct sched_param param = { .sched_priority = 1 };
+	eventfd_t value;
+	uint64_t start;
+
+	__TEST_REQUIRE(!sched_setscheduler(0, SCHED_FIFO, &param),
+		       "sched_setscheduler(): %s", strerror(errno));
+
+	while (!READ_ONCE(race_stop)) {
+		eventfd_read(preempting.fd, &value);
+		for (start = now_ns(); now_ns() - start < preempt_ns; )
+			;
+		WRITE_ONCE(nr_preemptions, nr_preemptions + 1);
+	}
+	return NULL;
+}
+
+static void *thread_wake_up(void *unused)
+{
+	uint64_t start = now_ns(), length, delay;
+	int round = 0;
+
+	set_affinity(&preempting.others);
+
+	while (!READ_ONCE(race_stop)) {
+		if (READ_ONCE(preempt_round) == round)
+			continue;
+		round = READ_ONCE(preempt_round);
+		length = now_ns() - start;
+		start = now_ns();
+		for (delay = rand() % (length + 1); now_ns() - start < delay; )
+			;
+		eventfd_write(preempting.fd, 1);
+	}
+	return NULL;
+}
+
+static void start_preempting(uint64_t ns)
+{
+	int this_cpu = sched_getcpu();
+	cpu_set_t cpu;
+
+	TEST_ASSERT(!sched_getaffinity(0, sizeof(preempting.cpus), &preempting.cpus),
+		    "sched_getaffinity(): %s", strerror(errno));
+	__TEST_REQUIRE(CPU_COUNT(&preempting.cpus) > 1, "one CPU, two are needed");
+	CPU_ZERO(&cpu);
+	CPU_SET(this_cpu, &cpu);
+	preempting.others = preempting.cpus;
+	CPU_CLR(this_cpu, &preempting.others);
+
+	preempting.fd = eventfd(0, 0);
+	TEST_ASSERT(preempting.fd >= 0, "eventfd(): %s", strerror(errno));
+	preempt_ns = ns;
+	preempt_round = 0;
+	nr_preemptions = 0;
+	race_stop = false;
+
+	/* The one that preempts inherits the CPU. */
+	set_affinity(&cpu);
+	preempting.preempt = start_thread(thread_preempt, NULL);
+	preempting.wake_up = start_thread(thread_wake_up, NULL);
+}
+
+/* Another round, unless the thread has been preempted often enough. */
+static bool preempt_again(int enough)
+{
+	WRITE_ONCE(preempt_round, preempt_round + 1);
+	return READ_ONCE(nr_preemptions) < enough;
+}
+
+static void stop_preempting(void)
+{
+	WRITE_ONCE(race_stop, true);
+	join_thread(preempting.wake_up, "thread that wakes up");
+	eventfd_write(preempting.fd, 1);
+	join_thread(preempting.preempt, "thread that preempts");
+	set_affinity(&preempting.cpus);
+	close(preempting.fd);
+}
+
+static void guest_sync_forever(void)
+{
+	for (;;)
+		GUEST_SYNC(0);
+}
+
+#define XEN_RUNSTATE_RUNNING	0
+
+/* In the layout that a 64-bit guest sees */
+struct xen_runstate {
+	int32_t state;
+	uint64_t entry_time;
+	uint64_t time[4];
+};
+
+static void assert_times_add_up(const char *where, int round, uint64_t entry_time,
+				uint64_t running, uint64_t runnable,
+				uint64_t blocked, uint64_t offline)
+{
+	uint64_t sum = running + runnable + blocked + offline;
+
+	TEST_ASSERT(entry_time == sum,
+		    "%s, round %d: runstate entered at %lu, times add up to %lu: %lu + %lu + %lu + %lu",
+		    where, round, entry_time, sum, running, runnable, blocked, offline);
+}
+
+/*
+ * A vCPU that is preempted updates its runstate, whatever it was doing: also when
+ * it was in the middle of an update, on its way into the guest or by userspace, or
+ * of saving or restoring the runstate.
+ */
+static void test_runstate_preempted(void)
+{
+	struct kvm_xen_vcpu_attr attr = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR,
+		.u.gpa = PAGE_GPA(TIME_INFO_PAGE),
+	};
+	uint64_t runnable = 0;
+	struct xen_runstate *rs;
+	struct xen_vm *x;
+	int i;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	rs = (void *)shared_page(x, TIME_INFO_PAGE);
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
+	start_preempting(0);
+
+	for (i = 0; preempt_again(nr_races * 30); i++) {
+		attr = (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
+			.u.runstate.state = XEN_RUNSTATE_RUNNING,
+		};
+		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
+
+		attr = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA);
+		assert_times_add_up("saved", i, attr.u.runstate.state_entry_time,
+				    attr.u.runstate.time_running,
+				    attr.u.runstate.time_runnable,
+				    attr.u.runstate.time_blocked,
+				    attr.u.runstate.time_offline);
+		TEST_ASSERT(attr.u.runstate.time_runnable >= runnable,
+			    "round %d: runnable for %lu ns, was %lu",
+			    i, (uint64_t)attr.u.runstate.time_runnable, runnable);
+		runnable = attr.u.runstate.time_runnable;
+		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
+
+		/* Takes much longer: not in each round */
+		if (i % 16)
+			continue;
+		vcpu_run_to_sync(x->vcpus[0]);
+		assert_times_add_up("page", i, rs->entry_time, rs->time[0], rs->time[1],
+				    rs->time[2], rs->time[3]);
+	}
+
+	stop_preempting();
+	xen_vm_free(x);
+}
+
+struct wall_clock {
+	uint32_t version, sec, nsec;
+};
+
+static void assert_epoch(struct xen_vm *x, struct wall_clock *wc, const char *whose,
+			 int round, int64_t limit)
+{
+	struct kvm_clock_data clock;
+	int64_t off;
+
+	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
+	TEST_ASSERT(clock.flags & KVM_CLOCK_REALTIME,
+		    "round %d: the host's clock is not the TSC any more", round);
+	off = wc->sec * 1000000000ll + wc->nsec - (clock.realtime - clock.clock);
+	TEST_ASSERT(llabs(off) < limit,
+		    "round %d: %s wall clock off by %ld ns, expected less than %ld",
+		    round, whose, off, limit);
+}
+
+/*
+ * A wall clock is the time at which the guest's clock was 0, wherever the thread
+ * that writes it is preempted, or its CPU, if that is virtual.
+ */
+static void test_wall_clock_preempted(void)
+{
+	const int64_t limit = 1000000;
+	struct wall_clock *xen, *kvm;
+	struct kvm_clock_data clock;
+	struct xen_vm *x;
+	int i;
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	xen = (void *)shared_page(x, SHINFO_PAGE) + XEN_SHINFO_WALL_CLOCK;
+	kvm = (void *)shared_page(x, TIME_INFO_PAGE);
+
+	/* The master clock comes when the vCPU runs. */
+	vcpu_run_to_sync(x->vcpus[0]);
+	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
+	__TEST_REQUIRE(clock.flags & KVM_CLOCK_REALTIME, "the master clock is not in use");
+
+	start_preempting(limit * 2);
+
+	for (i = 0; preempt_again(nr_races * 5); i++) {
+		set_shared_info(x);
+		assert_epoch(x, xen, "Xen's", i, limit);
+
+		vcpu_set_msr(x->vcpus[0], MSR_KVM_WALL_CLOCK_NEW, PAGE_GPA(TIME_INFO_PAGE));
+		assert_epoch(x, kvm, "KVM's", i, limit);
+	}
+
+	stop_preempting();
+	xen_vm_free(x);
+}
+
 static int set_vcpu_info_at(struct xen_vm *x, uint64_t gpa)
 {
 	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
@@ -1632,6 +1868,9 @@ static const struct test_case {
 	{ "msr", test_msr },
 	{ "upcall_vector", test_upcall_vector },
 	{ "hva", test_hva },
+	/* Last, as hosts that cannot do these skip what follows */
+	{ "runstate_preempted", test_runstate_preempted },
+	{ "wall_clock_preempted", test_wall_clock_preempted },
 };
 
 #define NR_PERF_EVENTS		2000
