@@ -23,8 +23,8 @@ BUILD=$TOP/build/$BASE
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-series
 ARCHES="x86_64 arm64"
 # The groups of tests.tsv that make check runs on plain and on debug kernels.
-PLAIN_GROUPS="fast clock shadow turns"
-DEBUG_GROUPS="debug shadow turns"
+PLAIN_GROUPS="fast clock single shadow turns"
+DEBUG_GROUPS="debug single shadow turns"
 
 say() { printf '%s\n' "$*"; }
 die() {
