@@ -35,7 +35,8 @@ targets_documented() {
 	return $rc
 }
 table_form() {
-	awk -F'\t' -v group='(fast|clock|single|shadow|turns|debug|slow|npt0|soak)' '/^#/ { next }
+	local groups="$PLAIN_GROUPS $DEBUG_GROUPS slow npt0 soak"
+	awk -F'\t' -v group="(${groups// /|})" '/^#/ { next }
 		NF != 7 || $3 !~ /^(x86_64|arm64|all)$/ || $4 !~ "^(" group "(," group ")*|none)$" ||
 		$5 !~ /^[1-9][0-9]*$/ || ($4 == "none") != ($7 != "-") { print FILENAME ":" NR ": " $0; bad = 1 }
 		seen[$2, $3, $4]++ { print "twice: " $0; bad = 1 }
