@@ -1360,11 +1360,13 @@ static void test_timer_pvclock(void)
 	xen_vm_free(x);
 }
 
+struct wall_clock {
+	uint32_t version, sec, nsec;
+};
+
 static void assert_wall_clock(struct xen_vm *x, const char *how)
 {
-	struct {
-		uint32_t version, sec, nsec;
-	} *wc = (void *)shared_page(x, SHINFO_PAGE) +
+	struct wall_clock *wc = (void *)shared_page(x, SHINFO_PAGE) +
 		(x->long_mode ? XEN_SHINFO_WALL_CLOCK : XEN_SHINFO_COMPAT_WALL_CLOCK);
 	int64_t boot_time = time(NULL) - guest_clock(x) / 1000000000;
 
@@ -1588,10 +1590,6 @@ static void test_runstate_preempted(void)
 	stop_preempting();
 	xen_vm_free(x);
 }
-
-struct wall_clock {
-	uint32_t version, sec, nsec;
-};
 
 static void assert_epoch(struct xen_vm *x, struct wall_clock *wc, const char *whose,
 			 int round, int64_t limit)
