@@ -1612,7 +1612,7 @@ static void assert_epoch(struct xen_vm *x, struct wall_clock *wc, const char *wh
  */
 static void test_wall_clock_preempted(void)
 {
-	const int64_t limit = 1000000;
+	const int64_t limit = 100000;
 	struct wall_clock *xen, *kvm;
 	struct kvm_clock_data clock;
 	struct xen_vm *x;
@@ -1629,7 +1629,7 @@ static void test_wall_clock_preempted(void)
 
 	start_preempting(limit * 2);
 
-	for (i = 0; preempt_again(nr_races * 5); i++) {
+	for (i = 0; preempt_again(nr_races * 30); i++) {
 		set_shared_info(x);
 		assert_epoch(x, xen, "Xen's", i, limit);
 
