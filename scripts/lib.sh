@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: GPL-2.0
 # shellcheck shell=bash disable=SC2034 # used by those who source it
 #
-# Common ground of the scripts, to be sourced: where things are, how steps are
-# shown, and how an error is said.
+# What the scripts share, to be sourced: paths, steps that show their progress, and
+# messages.
 #
 # Environment (all optional):
 #   BASE            folder under patches/ to work on (default: the oldest)
@@ -107,7 +107,7 @@ need_tool() {
 	done
 }
 
-# need_space DIR GIB: stop before a disk is full rather than after
+# need_space DIR GIB: stop unless the disk has so much space
 need_space() {
 	local free
 	mkdir -p "$1" || die "cannot create $1"
@@ -117,14 +117,37 @@ need_space() {
 		    "(or, for the cache, point XDG_CACHE_HOME elsewhere)"
 }
 
-# step LOG TITLE COMMAND...: run a long command with its output in LOG; show
-# the time it takes; on failure show the end of the log.  Returns the
-# command's exit code.  If the command is a function, errexit is off in it.
+# strictly COMMAND...: run a command or function in a subshell with errexit on, and
+# return its exit code.  In a condition (if, ||, &&) bash turns errexit off, also in the
+# functions and subshells that are called there.  It does not do so in a process
+# substitution, which is why this uses one.  Not to be used in the $(...) of a condition,
+# where errexit stays off.
+strictly() {
+	: < <(exec >&3 3>&-; set -e; "$@")
+	wait "$!"
+} 3>&1
+
+# if_changed OUTPUT COMMAND...: run the command, which makes OUTPUT from what is on
+# standard input, unless it has done so before from the same.  Standard input is
+# everything that OUTPUT depends on: the content of files, versions, settings.
+if_changed() {
+	local output=$1 stamp=$1.made-from id
+	shift
+	id=$(sha256sum)
+	[[ ! -e $output || $(cat "$stamp" 2> /dev/null) != "$id" ]] || return 0
+	rm -f "$stamp"
+	strictly "$@" || return
+	say "$id" > "$stamp"
+}
+
+# step LOG TITLE COMMAND...: run a long command strictly, with its output in LOG; show
+# the time that it takes; if it fails, show the end of the log.  Returns the exit code
+# of the command.
 step() {
 	local log=$1 title=$2 start=$SECONDS rc=0 ticker
 	shift 2
 	mkdir -p "$(dirname "$log")"
-	# One line a minute, so that neither a person nor CI takes it for hung.
+	# One line a minute, to show that it does not hang.
 	(
 		trap 'kill "$!" 2> /dev/null; exit' TERM
 		while :; do
@@ -134,7 +157,7 @@ step() {
 		done
 	) &
 	ticker=$!
-	"$@" > "$log" 2>&1 < /dev/null || rc=$?
+	strictly "$@" > "$log" 2>&1 < /dev/null || rc=$?
 	kill "$ticker" 2> /dev/null || :
 	wait "$ticker" 2> /dev/null || :
 	if ((rc)); then
@@ -148,7 +171,7 @@ step() {
 	return "$rc"
 }
 
-# locked FILE COMMAND...: one at a time
+# locked FILE COMMAND...: run the command while nobody else holds the lock FILE
 locked() {
 	local lock=$1
 	shift

@@ -77,6 +77,68 @@ ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
 ok "a test's settings are put back" setting_restored
 ok "a setting that fails is said" bad_setting
 
+# Shell code: nothing goes on after a command that failed.
+breaks_off() {
+	say begins
+	false
+	say "went on"
+}
+breaks_off_in_substitution() {
+	local x
+	x=$(breaks_off)
+	say "went on with $x"
+}
+breaks_off_in_subshell() {
+	(
+		false
+		say "went on"
+	)
+	say "went on"
+}
+step_breaks_off() {
+	local f
+	for f in breaks_off breaks_off_in_{substitution,subshell}; do
+		fails_with FAILED step "$work/step.log" planted "$f"
+		not grep 'went on' "$work/step.log"
+	done
+}
+point_breaks_off() {
+	ok planted breaks_off > "$work/point"
+	cat "$work/point"
+	grep '^not ok .* planted$' "$work/point"
+	not grep 'went on' "$work/point"
+}
+# if_changed: what ran is in $work/ran
+ran() {
+	say x >> "$work/ran"
+	say made > "$work/made"
+	"$@"
+}
+made_from() {
+	say "$1" | if_changed "$work/made" ran "${@:2}"
+}
+runs_if_changed() {
+	rm -f "$work/made"* "$work/ran"
+	made_from 1 true
+	made_from 1 true
+	[[ $(wc -l < "$work/ran") = 1 ]]
+	made_from 2 true
+	rm "$work/made"
+	made_from 2 true
+	[[ $(wc -l < "$work/ran") = 3 ]]
+}
+runs_again_if_failed() {
+	rm -f "$work/made"* "$work/ran"
+	not made_from 1 false
+	not made_from 1 false
+	made_from 1 true
+	[[ $(wc -l < "$work/ran") = 3 ]]
+}
+ok "a step whose function fails in the middle is red" step_breaks_off
+ok "a point whose function fails in the middle is red" point_breaks_off
+ok "what did not change is not made again" runs_if_changed
+ok "what failed is made again" runs_again_if_failed
+
 # A project of its own, so that nothing here can harm the real one.
 copy=$work/project
 project() {
@@ -164,7 +226,7 @@ bad_config() {
 	ln -s "$BUILD/src" "$copy/build/$BASE/src"
 	sed -i 's/o-\$arch-\$flavour/o-\$arch-\$flavour-bad/g' "$copy/scripts/build-kernel"
 	fails_with 'did not take effect: CONFIG_NO_SUCH_THING=y' "$copy/scripts/build-kernel" patched x86_64 plain
-	rm -rf "$BUILD/src/patched/o-x86_64-plain-bad" "$BUILD/src/patched/o-x86_64-plain-bad.kept"
+	rm -rf "$BUILD/src/patched/o-x86_64-plain-bad"
 }
 
 # An apt of our own says what the real one would.
@@ -210,8 +272,8 @@ newer_offered() {
 	fake_apt "$(offers 99.1-1)" "cp $work/tiny.deb ."
 	fetch_with > "$work/fetched" 2> "$work/said" || { cat "$work/said"; return 1; }
 	cat "$work/said"
-	grep -q "$version is no longer offered; using 99.1-1" "$work/said" &&
-		[[ $(git --git-dir="$(cat "$work/fetched")" show base:Kbuild) = "" ]]
+	grep -q "$version is no longer offered; using 99.1-1" "$work/said"
+	[[ $(git --git-dir="$(cat "$work/fetched")" show base:Kbuild) = "" ]]
 	rm -rf "$work/cache"
 }
 disk_full() {

@@ -13,11 +13,12 @@ rm -rf "$work"
 mkdir -p "$work" "$BUILD/log"
 points=0
 
-# ok DESCRIPTION COMMAND...: a point that passes with exit code 0
+# ok DESCRIPTION COMMAND...: a point that passes with exit code 0.  The command runs
+# strictly: in a subshell, where the first command that fails ends it.
 ok() {
 	local what=$1
 	shift
-	if "$@" > "$log" 2>&1 < /dev/null; then
+	if strictly "$@" > "$log" 2>&1 < /dev/null; then
 		say "ok $((++points)) - $what"
 	else
 		say "not ok $((++points)) - $what"
@@ -39,16 +40,16 @@ last_words() {
 
 # fails_with PATTERN COMMAND...: the command fails, and says why
 fails_with() {
-	local pattern=$1 output
+	local pattern=$1 said
 	shift
-	if output=$("$@" 2>&1); then
-		say "expected a failure, but it succeeded:" "$output"
+	said=$(mktemp "$work/said.XXXXXX")
+	if strictly "$@" > "$said" 2>&1; then
+		cat "$said"
+		say "expected a failure, but it succeeded"
 		return 1
 	fi
-	say "$output"
-	grep -qE "$pattern" <<< "$output" && return
-	say "expected a message like: $pattern"
-	return 1
+	cat "$said"
+	grep -qE "$pattern" "$said" || { say "expected a message like: $pattern"; return 1; }
 }
 
 # not COMMAND...: it fails
