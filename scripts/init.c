@@ -2,22 +2,18 @@
 /*
  * PID 1 of the test machine.
  *
- * Runs the tests listed in /tests one after another and speaks TAP on the
+ * Runs the tests listed in /tests one after another and writes TAP to the
  * virtio-serial port named "tap".  The plan ("1..N") is the verdict: it is
- * written last, after the kernel log and the leak scan were judged.  A machine
- * that panics, hangs or is cut off therefore never has a plan, and whoever
- * reads the TAP takes that for a failure.  The kernel log goes to the port named
- * "kmsg".
+ * written last, after the leak scan and the end of the kernel log.  A machine
+ * that panics, hangs or is stopped never writes a plan, so TAP without a plan
+ * is a failure.  The kernel log goes to the port named "kmsg".
  *
- * /tests      one test a line: timeout in seconds (1 to 86400), name, command
- *             with arguments, separated by tabs.  Words /path=value in front of
- *             the command are written before the test and put back after it.
- * /tolerated  one extended regular expression a line, for lines of the kernel
- *             log that look like a splat and are not.
+ * A line of /tests has three fields, separated by tabs: timeout in seconds (1 to
+ * 86400), name, command with arguments.
  *
  * A test passes with exit code 0 and a clean kernel log, is skipped with exit
- * code 4 (KSFT_SKIP), and fails otherwise.  It is killed, with all it started,
- * when its time is over; where its threads stood is in the TAP.
+ * code 4 (KSFT_SKIP), and fails otherwise.  When its time is over, the test and
+ * all its children are killed; the TAP shows where its threads stood.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -44,7 +40,6 @@
 #include <unistd.h>
 
 #define KSFT_SKIP	4
-#define MAX_TOLERATED	64
 #define PREEMPT_MODEL	"/sys/kernel/debug/sched/preempt"
 
 /* Lines of the kernel log that no healthy run prints. */
@@ -62,8 +57,6 @@ static int kmsg_fd = -1;
 static FILE *log_file;
 static int points;
 static regex_t splat_re;
-static regex_t tolerated_re[MAX_TOLERATED];
-static int nr_tolerated;
 
 static void tap(const char *fmt, ...) __attribute__((format(printf, 1, 2)));
 
@@ -158,40 +151,9 @@ static int open_port(const char *wanted)
 	return fd;
 }
 
-static void load_patterns(void)
-{
-	char line[1024];
-	FILE *f;
-
-	if (regcomp(&splat_re, splat_pattern, REG_EXTENDED | REG_NOSUB))
-		give_up("splat pattern");
-
-	f = fopen("/tolerated", "re");
-	while (f && fgets(line, sizeof(line), f)) {
-		line[strcspn(line, "\n")] = '\0';
-		if (!*line)
-			continue;
-		errno = EINVAL;
-		if (nr_tolerated == MAX_TOLERATED ||
-		    regcomp(&tolerated_re[nr_tolerated], line, REG_EXTENDED | REG_NOSUB))
-			give_up("/tolerated");
-		nr_tolerated++;
-	}
-	if (f)
-		fclose(f);
-}
-
 static bool is_splat(const char *line)
 {
-	int i;
-
-	if (regexec(&splat_re, line, 0, NULL, 0))
-		return false;
-	for (i = 0; i < nr_tolerated; i++) {
-		if (!regexec(&tolerated_re[i], line, 0, NULL, 0))
-			return false;
-	}
-	return true;
+	return !regexec(&splat_re, line, 0, NULL, 0);
 }
 
 /* Pass a record on to the host, in the form of the console. */
@@ -258,53 +220,6 @@ static double now(void)
 
 	clock_gettime(CLOCK_MONOTONIC, &ts);
 	return ts.tv_sec + ts.tv_nsec / 1e9;
-}
-
-/*
- * Settings of one test: files in sysfs and the like, their value before the
- * test is put back after it.
- */
-#define MAX_SETTINGS	16
-static struct {
-	char path[256];
-	char before[128];
-} settings[MAX_SETTINGS];
-static int nr_settings;
-
-/* Cuts the leading /path=value words off a command, and applies them. */
-static char *apply_settings(char *command)
-{
-	char *value, *end;
-
-	nr_settings = 0;
-	while (command[0] == '/' && (value = strchr(command, '=')) &&
-	       value < command + strcspn(command, " ")) {
-		end = value + strcspn(value, " ");
-		*value++ = '\0';
-		if (*end)
-			*end++ = '\0';
-
-		errno = E2BIG;
-		if (nr_settings == MAX_SETTINGS || strlen(command) >= sizeof(settings[0].path))
-			give_up(command);
-		strcpy(settings[nr_settings].path, command);
-		if (!read_line(command, settings[nr_settings].before,
-			       sizeof(settings[0].before)) || !write_file(command, value))
-			tap("# setting %s to %s failed: %s\n", command, value, strerror(errno));
-		else
-			nr_settings++;
-		command = end;
-	}
-	return command;
-}
-
-static void restore_settings(void)
-{
-	while (nr_settings--) {
-		if (!write_file(settings[nr_settings].path, settings[nr_settings].before))
-			tap("# setting %s back failed: %s\n",
-			    settings[nr_settings].path, strerror(errno));
-	}
 }
 
 /* Pass the lines of a file on, indented.  Returns how many, or -1 without file. */
@@ -450,7 +365,6 @@ static void run_test(long timeout, const char *name, char *command)
 
 	tap("# begin %s\n", name);
 	mark_log("begin", name);
-	command = apply_settings(command);
 	if (pipe2(fds, O_CLOEXEC))
 		give_up("pipe2");
 	pid = fork();
@@ -468,7 +382,6 @@ static void run_test(long timeout, const char *name, char *command)
 	waitpid(pid, &status, 0);
 	close(fds[0]);
 	kill_leftovers();
-	restore_settings();
 	mark_log("end", name);
 
 	if (!in_time) {
@@ -626,7 +539,8 @@ int main(void)
 	if (!log_file)
 		give_up("no virtio-serial port named kmsg");
 
-	load_patterns();
+	if (regcomp(&splat_re, splat_pattern, REG_EXTENDED | REG_NOSUB))
+		give_up("splat pattern");
 	kmsg_fd = open("/dev/kmsg", O_RDONLY | O_NONBLOCK | O_CLOEXEC);
 	if (kmsg_fd < 0)
 		give_up("/dev/kmsg");

@@ -20,11 +20,9 @@ BASE=${BASE:-$DEFAULT_BASE}
 JOBS=${JOBS:-$(nproc)}
 PATCHES=$TOP/patches/$BASE
 BUILD=$TOP/build/$BASE
+OUT=$BUILD/out	# what the machines leave
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-series
 ARCHES="x86_64 arm64"
-# The groups of tests.tsv that make check runs on plain and on debug kernels.
-PLAIN_GROUPS="fast clock single shadow turns"
-DEBUG_GROUPS="debug single shadow turns"
 
 say() { printf '%s\n' "$*"; }
 die() {
@@ -69,18 +67,31 @@ patch_files() {
 	sed "s|^|$PATCHES/|" "$PATCHES/series"
 }
 
-# group_has_tests ARCH GROUP: does tests.tsv have any?
-group_has_tests() {
-	awk -F'\t' -v arch="$1" -v group="$2" '
-		($3 == arch || $3 == "all") && index("," $4 ",", "," group ",") { found = 1 }
-		END { exit !found }' "$PATCHES/tests.tsv"
-}
+# table COMMAND ARGUMENT...: scripts/table.py
+table() { PATCHES=$PATCHES python3 "$TOP/scripts/table.py" "$@"; }
 
-# use_arch ARCH: qemu, machine, console, append, kernel_make, kernel_cc, kernel_image
+# use_arch ARCH: qemu, qemu_machine, console, append, kernel_make, kernel_cc, kernel_image
 use_arch() {
 	[[ -f $TOP/scripts/qemu/$1.sh ]] || die "no such architecture: '$1' (want one of: $ARCHES)"
 	# shellcheck source=scripts/qemu/x86_64.sh
 	. "$TOP/scripts/qemu/$1.sh"
+}
+
+# use_machine ARCH NAME: the environment that scripts/boot takes for a machine of
+# scripts/machines.tsv
+use_machine() {
+	local row accel cpus append
+	row=$(table machine "$1" "$2")
+	IFS=$'\t' read -r accel cpus append <<< "$row"
+	[[ $accel = - ]] || export ACCEL=$accel
+	[[ $cpus = - ]] || export CPUS=$cpus
+	[[ $append = - ]] || export APPEND="$append ${APPEND:-}"
+}
+
+# test_files LIST DIR: the programs of DIR that the tests of LIST run, as scripts/boot
+# takes them: SOURCE:PATH
+test_files() {
+	cut -f 3 "$1" | cut -d ' ' -f 1 | sort -u | sed "s|^/\(.*\)|$2/\1:\1|"
 }
 
 # kmake SRC OUT ARG...: make in the kernel source SRC for the architecture of

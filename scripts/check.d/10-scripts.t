@@ -5,15 +5,16 @@
 cd "$TOP" || exit
 
 mapfile -t programs < <(grep -lE '^#!/bin/bash' -r scripts .ci)
+mapfile -t python < <(grep -lE '^#!.*python3' -r scripts)
 mapfile -t sourced < <(find scripts -name '*.sh')
 mapfile -t ours < <(git ls-files -co --exclude-standard -- . ':!patches/*/*.patch' ':!tools' \
 	':!Documentation/virt' ':!COPYING')
 
 usage_line() {
 	local f rc=0
-	for f in "${programs[@]}"; do
+	for f in "${programs[@]}" "${python[@]}"; do
 		[[ $f == *.t || $f == .ci/* ]] && continue
-		grep -qE '^# usage: ' "$f" || { say "$f has no usage line"; rc=1; }
+		grep -qE '^(# |""")usage: ' "$f" || { say "$f has no usage line"; rc=1; }
 	done
 	return $rc
 }
@@ -22,7 +23,7 @@ spelling() { codespell -L inout "${ours[@]}"; }
 clean_text() {
 	not grep -nE '[[:space:]]+$' "${ours[@]}"
 }
-# What is published speaks of the project alone.
+# No path and no host name of the machine on which this was written.
 no_machine() {
 	mapfile -t patches < <(patch_files)
 	not grep -nIE '/(work|home|root)/[a-z]|deb[.]debian' "${ours[@]}" "${patches[@]}"
@@ -34,29 +35,15 @@ targets_documented() {
 	done < <(sed -n 's/^\([a-z]*\):.*## .*/\1/p' Makefile)
 	return $rc
 }
-table_form() {
-	local groups="$PLAIN_GROUPS $DEBUG_GROUPS slow npt0 soak"
-	awk -F'\t' -v group="(${groups// /|})" '/^#/ { next }
-		NF != 7 || $3 !~ /^(x86_64|arm64|all)$/ || $4 !~ "^(" group "(," group ")*|none)$" ||
-		$5 !~ /^[1-9][0-9]*$/ || ($4 == "none") != ($7 != "-") { print FILENAME ":" NR ": " $0; bad = 1 }
-		seen[$2, $3, $4]++ { print "twice: " $0; bad = 1 }
-		END { exit bad }' "$PATCHES/tests.tsv"
-}
 # Every selftest is run, or there is a reason.
 table_complete() {
-	local arch f n tests rc=0
+	local arch tests
 	for arch in $ARCHES; do
-		tests=$("$TOP/scripts/build-tests" "$arch") || return
-		tests=$tests/kvm
+		tests=$("$TOP/scripts/build-tests" "$arch")/kvm
 		[[ -x $tests/set_memory_region_test ]] || { say "no selftests in $tests"; return 1; }
-		while read -r f; do
-			n=${f#"$tests/"}
-			awk -F'\t' -v n="$n" -v a="$arch" '{ t = $2; sub(/@.*/, "", t) }
-				t == n && ($3 == a || $3 == "all") { found = 1 } END { exit !found }' \
-				"$PATCHES/tests.tsv" || { say "tests.tsv does not list $n for $arch"; rc=1; }
-		done < <(find "$tests" -type f -perm -100 ! -name '*.so*')
-	done
-	return $rc
+		find "$tests" -type f -perm -100 ! -name '*.so*' -printf '%P\n' |
+			table unlisted "$arch" | sed "s/\$/ is not listed for $arch/"
+	done | none
 }
 init_warnings() {
 	gcc -O2 -Wall -Wextra -Werror -fsyntax-only scripts/init.c scripts/victim.c
@@ -69,6 +56,6 @@ ok "spelling" spelling
 ok "no trailing white space" clean_text
 ok "no word of one machine" no_machine
 ok "every make target is documented" targets_documented
-ok "tests.tsv is well formed" table_form
+ok "the tables of tests, figures and machines are well formed" table check
 ok "tests.tsv lists every selftest" table_complete
 done_testing

@@ -1,22 +1,21 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The selftests of $DEBUG_GROUPS on the patched kernels with KASAN, lockdep, kmemleak
-# and the rest of debug.config.
+# The selftests for debug on the patched kernels with KASAN, lockdep, kmemleak and the
+# rest of debug.config.
 . "$(dirname "$0")/tap.sh"
 
 for arch in $ARCHES; do
 	ok "debug kernel $arch" "$TOP/scripts/build-kernel" patched "$arch" debug
 done
 for arch in $ARCHES; do
-	for group in $DEBUG_GROUPS; do
-		! group_has_tests "$arch" "$group" ||
-			"$TOP/scripts/run-tests" patched "$arch" debug "$group" > "$work/$arch-$group" 2>&1 || :
+	for machine in $(table machines "$arch" --when debug); do
+		"$TOP/scripts/run-tests" patched "$arch" debug debug "$machine" \
+			> "$work/$arch-debug-debug-$machine" 2>&1 || :
 	done < /dev/null &
 done
 wait
 for said in "$work/"*; do
-	run=${said##*/} arch=${run%-*}
-	out=$(tail -n 1 "$said")
+	run=${said##*/} arch=${run%%-*} out=$OUT/patched-${said##*/}
 	[[ -f $out/results.tsv ]] || {
 		say "not ok $((++points)) - $run: no results"
 		sed 's/^/# /' "$said"

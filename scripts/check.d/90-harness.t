@@ -1,7 +1,8 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The harness itself: whatever goes wrong turns the result red and says why,
-# and errors of the user or of the machine are clear and leave nothing behind.
+# The harness itself: every failure that is planted here turns the result red, with its
+# reason.  Errors of the user or of the machine have a clear message and leave nothing
+# behind.
 . "$(dirname "$0")/tap.sh"
 
 # machine ARCH FLAVOUR TESTLINE...: boot with victim as the test
@@ -19,7 +20,7 @@ machine() {
 # red NAME REASON: the test or point NAME failed, for a reason that matches
 red() {
 	cat "$work/out/results.tsv"
-	awk -F'\t' -v n="$1" '$1 == n && $2 == "fail"' "$work/out/results.tsv" | grep -E "$2"
+	grep -P "^\Q$1\E\tfail\t" "$work/out/results.tsv" | grep -E "$2"
 }
 turns_red() {
 	local name=$1 reason=$2
@@ -50,14 +51,6 @@ leaks() {
 	turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko' &&
 		grep 'unreferenced object' "$work/out/no leak.log"
 }
-setting_restored() {
-	machine x86_64 plain $'10\ta\t/proc/sys/kernel/panic_on_oops=0 /victim pass' \
-		$'10\tb\t/victim pass' && not grep 'setting' "$work/out/tap"
-}
-bad_setting() {
-	machine x86_64 plain $'10\ta\t/proc/sys/no/such=0 /victim pass'
-	grep 'setting /proc/sys/no/such to 0 failed' "$work/out/tap"
-}
 
 ok "a passing test is green" stays_green x86_64 plain $'10\tv\t/victim pass'
 ok "a skipping test is a skip, with its reason" skips
@@ -74,8 +67,6 @@ ok "a machine without a verdict is red" no_verdict
 ok "a machine that does not boot is red" no_boot
 ok "a leak is red, with its report" leaks
 ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
-ok "a test's settings are put back" setting_restored
-ok "a setting that fails is said" bad_setting
 
 # Shell code: nothing goes on after a command that failed.
 breaks_off() {
@@ -138,6 +129,80 @@ ok "a step whose function fails in the middle is red" step_breaks_off
 ok "a point whose function fails in the middle is red" point_breaks_off
 ok "what did not change is not made again" runs_if_changed
 ok "what failed is made again" runs_again_if_failed
+
+# Tables.
+# bad_row TABLE PATTERN FIELD...: a row that is wrong, and the message
+bad_row() {
+	local IFS=$'\t'
+	cp "$PATCHES/"*.tsv "$work"
+	say "${*:3}" >> "$work/$1"
+	fails_with "$1:[0-9]+: $2" env PATCHES="$work" "$TOP/scripts/table.py" check
+}
+wrong_tests() {
+	bad_row tests.tsv '7 fields, expected 8' base x all run plain 30 -
+	bad_row tests.tsv 'no such architecture: sparc' base x sparc run plain 30 - -
+	bad_row tests.tsv 'when must be none or some of .*, not fast' base x all fast plain 30 - -
+	bad_row tests.tsv 'when must be none or some of .*, not run,none' base x all run,none plain 30 - -
+	bad_row tests.tsv "no machine 'warp' for arm64" base x arm64 run warp 30 - -
+	bad_row tests.tsv "no machine 'shadow' for arm64" base x all run shadow 30 - -
+	bad_row tests.tsv 'seconds must be' base x all run plain 0 - -
+	bad_row tests.tsv 'a reason is for none' base x all none - 30 - -
+	bad_row tests.tsv 'set_memory_region_test twice for x86_64' \
+		base set_memory_region_test x86_64 run single 30 - -
+}
+wrong_figures() {
+	bad_row bench.tsv "no machine 'smp' for arm64" base x arm64 smp ns x - x -
+	bad_row bench.tsv 'no such form of a goal: <=fast' base x arm64 plain ns x - x '<=fast'
+	bad_row bench.tsv "no such form of a goal: 1.0x" base x arm64 plain ns x - x 1.0x
+	bad_row bench.tsv '.* twice in ' "$(tail -n 1 "$PATCHES/bench.tsv")"
+	fails_with "no figure 'y' in base" bad_row bench.tsv 'never' base x arm64 plain ns x - x '<=1.1*y'
+}
+# figure VERDICT BASE PATCHED GOAL: a figure, beside another one whose value is 100
+figure() {
+	{
+		printf 'feature\tfigure\tunit\tbase\tpatched\tgoal\nf\tother\tns\t-\t100\t-\n'
+		printf 'f\tthis\tns\t%s\t%s\t%s\n' "${@:2}"
+	} > "$work/bench.tsv"
+	case $1 in
+	met) table goals "$work/bench.tsv" | grep ': met$' ;;
+	*) fails_with ": $1\$" table goals "$work/bench.tsv" ;;
+	esac
+}
+missed_goals() {
+	figure met 100 101 '<=1.01x'
+	figure MISSED 100 102 '<=1.01x'
+	figure 'nothing to compare with' - 100 '<=1.01x'
+	figure met - 110 '<=1.10*other'
+	figure MISSED - 111 '<=1.10*other'
+	figure met 5 0 '<=0'
+	figure MISSED 0 1 '<=0'
+	figure 'no value' 100 - '<=1.01x'
+	figure 'no value' 100 - -
+}
+# result BASE PATCHED: the last line of a run with a test that had these results
+result() {
+	printf 'feature\tarch\ttest\tbase\tpatched\nbase\tarm64\tx\t%s\t%s\n' "$@" > "$work/results.tsv"
+	table summary "$work/results.tsv"
+}
+bad_results() {
+	result fail ok
+	result skip skip
+	fails_with '1 failed' result ok fail
+	fails_with '1 failed' result ok skip
+	fails_with '1 failed' result ok -
+}
+unknown_machine() {
+	fails_with "no machine 'warp' for arm64; there are: plain " "$TOP/scripts/run-tests" patched arm64 plain run warp
+}
+unknown_test() {
+	fails_with "tests.tsv has no test 'no_such_test' for arm64" "$TOP/scripts/run-tests" patched arm64 plain no_such_test
+}
+ok "a wrong row of tests.tsv is an error" wrong_tests
+ok "a wrong row of bench.tsv is an error" wrong_figures
+ok "a missed goal is red" missed_goals
+ok "a test that fails, or is skipped only on the patched kernel, is red" bad_results
+ok "an unknown machine is an error" unknown_machine
+ok "an unknown test is an error" unknown_test
 
 # A project of its own, so that nothing here can harm the real one.
 copy=$work/project

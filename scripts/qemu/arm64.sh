@@ -3,12 +3,9 @@
 #
 # The arm64 test machine: virt with EL2 (KVM runs in VHE mode), GICv3 and ITS.
 qemu=qemu-system-aarch64
-machine=(-M virt,virtualization=on,gic-version=3 -cpu max,pauth-impdef=on)
+qemu_machine=(-M virt,virtualization=on,gic-version=3 -cpu max,pauth-impdef=on)
 console=ttyAMA0
 append=
-# KVM has no shadow paging; CPUs that do not halt when idle
-append_shadow=
-append_poll=nohlt
 kernel_make=(ARCH=arm64 CROSS_COMPILE=aarch64-linux-gnu-)
 kernel_cc=aarch64-linux-gnu-gcc
 kernel_image=arch/arm64/boot/Image

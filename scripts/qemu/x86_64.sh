@@ -8,18 +8,12 @@
 # the first, rougher one: the tolerance keeps it from calling the rate wrong.
 # The kernel's own test of the timer interrupt gives up when the host is busy.
 #
-# QEMU's SVM (7.2, 10.0) clears one of a CPU's pending requests in each #VMEXIT, not
-# atomically, and so now and then loses the one for an interrupt that comes in that
-# moment.  It stays pending in the local APIC, where the CPU looks when the next
-# interrupt comes.  A one-shot timer or an IPI may be the last one for ever; the
-# periodic timer brings the CPU back at its next tick.
+# nohz=off highres=off keep a periodic timer, because QEMU's SVM can lose an interrupt:
+# see "An interrupt is lost" in Documentation/series/emulator.rst.
 qemu=qemu-system-x86_64
-machine=(-M q35 -cpu max -bios qboot.rom)
+qemu_machine=(-M q35 -cpu max -bios qboot.rom)
 console=ttyS0
 append="no_timer_check tsc=reliable kvm.tsc_tolerance_ppm=5000 nohz=off highres=off"
-# KVM with shadow paging; CPUs that do not halt when idle
-append_shadow=kvm_amd.npt=0
-append_poll=idle=poll
 kernel_make=(ARCH=x86_64)
 kernel_cc=gcc
 kernel_image=arch/x86/boot/bzImage
