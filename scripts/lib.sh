@@ -155,22 +155,17 @@ if_changed() {
 # the time that it takes; if it fails, show the end of the log.  Returns the exit code
 # of the command.
 step() {
-	local log=$1 title=$2 start=$SECONDS rc=0 ticker
+	local log=$1 title=$2 start=$SECONDS rc=0 clock
 	shift 2
 	mkdir -p "$(dirname "$log")"
-	# One line a minute, to show that it does not hang.
-	(
-		trap 'kill "$!" 2> /dev/null; exit' TERM
-		while :; do
-			sleep 60 &
-			wait "$!"
-			say "  ... $title, $(elapsed $((SECONDS - start)))"
-		done
-	) &
-	ticker=$!
-	strictly "$@" > "$log" 2>&1 < /dev/null || rc=$?
-	kill "$ticker" 2> /dev/null || :
-	wait "$ticker" 2> /dev/null || :
+	# One line a minute, to show that it does not hang, until descriptor 8 is closed.
+	exec 8> >(while read -r -t 60 _ || (($? > 128)); do
+		say "  ... $title, $(elapsed $((SECONDS - start)))"
+	done)
+	clock=$!
+	strictly "$@" > "$log" 2>&1 < /dev/null 8>&- || rc=$?
+	exec 8>&-
+	wait "$clock"
 	if ((rc)); then
 		say "  FAILED $title after $(elapsed $((SECONDS - start))), exit code $rc"
 		say "  the end of ${log#"$TOP"/}:"

@@ -99,6 +99,16 @@ point_breaks_off() {
 	grep '^not ok .* planted$' "$work/point"
 	not grep 'went on' "$work/point"
 }
+# The clock of a step ends with it, and ends nothing else.
+quick_steps() {
+	local pid i
+	for i in 1 2 3 4 5 6 7 8 9 10; do
+		sleep 60 &
+		pid=$!
+		step "$work/step.log" "planted, $i" true
+		kill "$pid"
+	done
+}
 # if_changed: what ran is in $work/ran
 ran() {
 	say x >> "$work/ran"
@@ -127,6 +137,7 @@ runs_again_if_failed() {
 }
 ok "a step whose function fails in the middle is red" step_breaks_off
 ok "a point whose function fails in the middle is red" point_breaks_off
+ok "a quick step ends no process of others" quick_steps
 ok "what did not change is not made again" runs_if_changed
 ok "what failed is made again" runs_again_if_failed
 
