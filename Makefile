@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: GPL-2.0
 # The front door.  Every target works from a fresh clone; BASE= chooses the
-# kernel (a folder under patches/), JOBS= the number of parallel jobs, ACCEL= how
-# QEMU runs (see scripts/boot).
+# kernel (a folder under patches/), TOPIC= one topic in place of all, JOBS= the number
+# of parallel jobs, ACCEL= how QEMU runs (see scripts/boot).
 
 MAKEFLAGS += --no-print-directory
-export BASE JOBS ACCEL
+export BASE TOPIC JOBS ACCEL
 
 help:	## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
 
-run:	## the main job: fetch, apply, build, boot base and patched, one table
+run:	## the main job: fetch, apply, build, boot base and patched, one table; TOPIC=name for one topic
 	@scripts/run
 
 check:	## every check; ends with "N passed, N failed, N skipped"
@@ -36,8 +36,11 @@ guest:	## Linux guests under QEMU's KVM inside the patched kernel: x86-64, Xen, 
 soak:	## stress tests on debug kernels with random seeds, for MINUTES=n
 	@scripts/soak $(MINUTES)
 
-bisect:	## build every patch on both architectures, and record it
+bisect:	## build every patch on both architectures
 	@scripts/bisect
+
+alone:	## apply, build and test every topic with only what it requires
+	@ALONE=all scripts/check alone
 
 deps:	## install the Debian packages that are missing
 	@scripts/deps
@@ -45,4 +48,4 @@ deps:	## install the Debian packages that are missing
 clean:	## remove build/ (the cache of downloads stays)
 	rm -rf build
 
-.PHONY: help run check tree export debug bench slow guest soak bisect deps clean
+.PHONY: help run check tree export debug bench slow guest soak bisect alone deps clean

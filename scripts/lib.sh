@@ -7,6 +7,8 @@
 # Environment (all optional):
 #   BASE            folder under patches/ to work on (default: the oldest)
 #   JOBS            parallel jobs, 1 or more (default: number of CPUs)
+#   TOPIC           a topic's name: the patched kernel has this topic and those that
+#                   it requires, and no other (default: all topics)
 #   XDG_CACHE_HOME  where downloads and the unpacked base are kept
 
 set -euo pipefail
@@ -18,9 +20,11 @@ DEFAULT_BASE=$(cd "$TOP/patches" && printf '%s\n' */ | sort -V | head -n 1)
 DEFAULT_BASE=${DEFAULT_BASE%/}
 BASE=${BASE:-$DEFAULT_BASE}
 JOBS=${JOBS:-$(nproc)}
+TOPIC=${TOPIC:-}
 PATCHES=$TOP/patches/$BASE
 BUILD=$TOP/build/$BASE
-OUT=$BUILD/out	# what the machines leave
+TESTS=$BUILD/tests${TOPIC:+/$TOPIC}	# the selftests that were built
+OUT=$BUILD/out${TOPIC:+/$TOPIC}	# what the machines leave
 CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/kvm-series
 ARCHES="x86_64 arm64"
 
@@ -47,6 +51,7 @@ export GIT_TERMINAL_PROMPT=0
 unset GIT_DIR GIT_WORK_TREE GIT_INDEX_FILE GIT_EDITOR
 SERIES_NAME="KVM Series Developers"
 SERIES_EMAIL=kvm-series@example.org
+EPOCH=2000-01-01T00:00:00Z	# date of the commits that are not a patch
 
 # as_series git ...: commit under the fixed identity
 as_series() {
@@ -62,13 +67,53 @@ base_info() {
 	say "$v"
 }
 
-# patch_files: the patches in the order of the series file
-patch_files() {
-	sed "s|^|$PATCHES/|" "$PATCHES/series"
+# A topic is a folder NN-NAME with its patches and the files TOPIC_FILES, which are
+# written by hand.  The topic's name is NAME.
+TOPIC_FILES="cover-letter.txt mainline.rst requires"
+#
+# topics: the folders of the topics, in the order of the series file
+topics() { cut -d / -f 1 "$PATCHES/series" | uniq; }
+
+# patch_files [TOPIC-FOLDER]: the patches of the series, or of one topic, in order
+patch_files() { sed -n "s|^${1:+$1/}|$PATCHES/&|p" "$PATCHES/series"; }
+
+# topic_folder NAME: the folder of the topic with this name
+topic_folder() {
+	topics | awk -v name="$1" '{ t = $0; sub(/^[0-9]+-/, "", t) } t == name { print; found = 1 } END { exit !found }' ||
+		die "no topic '$1' in patches/$BASE; the topics are: $(topics | sed 's/^[0-9]*-//' | xargs)"
 }
 
 # table COMMAND ARGUMENT...: scripts/table.py
 table() { PATCHES=$PATCHES python3 "$TOP/scripts/table.py" "$@"; }
+
+# with_required NAME: the folders of the topic and of all topics that it requires,
+# directly or through others, in the order of the series
+with_required() {
+	local t name list
+	local -A wanted=([$1]=yes)
+	list=$(topic_folder "$1")
+	# A topic requires only topics before it, so one pass from the end finds them all.
+	list=
+	while read -r t; do
+		[[ ${wanted[${t#*-}]:-} ]] || continue
+		unset "wanted[${t#*-}]"
+		list=$t$'\n'$list
+		[[ -f $PATCHES/$t/requires ]] || die "patches/$BASE/$t/requires is missing"
+		while read -r name; do
+			wanted[$name]=$t
+		done < "$PATCHES/$t/requires"
+	done <<< "$(topics | tac)"
+	for name in "${!wanted[@]}"; do
+		die "patches/$BASE/${wanted[$name]}/requires names '$name', which is no topic before it"
+	done
+	printf '%s' "$list"
+}
+
+# topic_features: with TOPIC, the choice for scripts/table.py of the tests of this topic and
+# of those that it requires
+topic_features() {
+	[[ ! $TOPIC ]] || { say --features; with_required "$TOPIC" | sed 's/^[0-9]*-//'; }
+}
 
 # use_arch ARCH: qemu, qemu_machine, console, append, kernel_make, kernel_cc, kernel_image
 use_arch() {
@@ -93,6 +138,19 @@ use_machine() {
 test_files() {
 	cut -f 3 "$1" | cut -d ' ' -f 1 | sort -u | sed "s|^/\(.*\)|$2/\1:\1|"
 }
+
+# kernel_sources REPO COMMIT ARCH: a hash of everything that a plain kernel is built
+# from.  Documents, selftests and other architectures are not in it.
+kernel_sources() (
+	use_arch "$3"
+	{
+		git -C "$1" ls-tree "$2" | grep -vE $'\t(Documentation|MAINTAINERS|LICENSES|CREDITS|arch|tools)$'
+		git -C "$1" ls-tree "$2" "$(cut -d / -f 1-2 <<< "$kernel_image")" arch/Kconfig
+		git -C "$1" ls-tree "$2" tools/ | grep -v $'\ttools/testing$'
+		cat "$TOP/scripts/kconfig/"{common,"$3"}.config "$PATCHES/kconfig/$3"*.config
+		$kernel_cc --version
+	} | sha256sum | cut -d ' ' -f 1
+)
 
 # kmake SRC OUT ARG...: make in the kernel source SRC for the architecture of
 # use_arch, into the folder OUT of it.  The compiler's work is the same wherever the
@@ -187,3 +245,5 @@ locked() {
 		"$@" 9>&-
 	) 9> "$lock"
 }
+
+[[ ! $TOPIC ]] || topic_folder "$TOPIC" > /dev/null

@@ -25,8 +25,7 @@ clean_text() {
 }
 # No path and no host name of the machine on which this was written.
 no_machine() {
-	mapfile -t patches < <(patch_files)
-	not grep -nIE '/(work|home|root)/[a-z]|deb[.]debian' "${ours[@]}" "${patches[@]}"
+	not grep -nIE '/(work|home|root)/[a-z]|deb[.]debian' "${ours[@]}" "$PATCHES"/*/*.patch
 }
 targets_documented() {
 	local t rc=0

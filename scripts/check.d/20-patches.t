@@ -61,33 +61,22 @@ tip_repeats() {
 	say "expected $tip, actual $again"
 	[[ $again = "$tip" ]]
 }
-git_am() {
-	mkdir -p "$work/am"
-	git -C "$tree" worktree prune
-	git -C "$tree" worktree add -q --no-checkout --detach "$work/am/src" base
-	git apply --numstat -z "${patches[@]}" | tr '\0' '\n' | cut -f 3 | sed 's|^|/|' | sort -u |
-		git -C "$work/am/src" sparse-checkout set --no-cone --stdin
-	git -C "$work/am/src" checkout -q
-	# What a user types, with a user's identity.
-	(cd "$work/am/src" && env -u GIT_CONFIG_GLOBAL -u GIT_CONFIG_NOSYSTEM HOME="$work" \
-		git -c user.name=User -c user.email=user@example.com am "$PATCHES"/*.patch) || return
-	git -C "$work/am/src" diff --quiet HEAD "$tip"
-}
+git_am() { plain_am "$work/am" "$PATCHES"/*/*.patch && same_tree "$work/am" "$tip"; }
 quilt_push() {
 	mkdir -p "$work/quilt"
 	git apply --numstat -z "${patches[@]}" | tr '\0' '\n' | cut -f 3 | sort -u > "$work/files"
 	mapfile -t files < "$work/files"
 	git -C "$tree" ls-tree -z --name-only base "${files[@]}" |
 		xargs -0 git -C "$tree" archive base -- | tar -x -C "$work/quilt"
-	(cd "$work/quilt" && QUILT_PATCHES=$PATCHES quilt --quiltrc /dev/null push -a) || return
+	(cd "$work/quilt" && QUILT_PATCHES=$PATCHES quilt --quiltrc /dev/null push -a)
 	while read -r f; do
-		cmp <(git -C "$tree" cat-file blob "$tip:$f") "$work/quilt/$f" || return
+		cmp <(git -C "$tree" cat-file blob "$tip:$f") "$work/quilt/$f"
 	done < "$work/files"
 }
 experiments() {
 	local p
 	for p in "$TOP"/Documentation/series/experiments/*.patch; do
-		git -C "$work/am/src" apply --check "$p" || return
+		git -C "$work/am" apply --check "$p"
 	done
 }
 signed_off() {
@@ -104,18 +93,38 @@ subjects() {
 	done
 	return $rc
 }
-cover_letter() { [[ -s $PATCHES/cover-letter.txt ]] && not compgen -G "$PATCHES/0000-*"; }
+# A folder for each topic, and no patch that git am would take for one of the series.
+series_order() { diff <(cd "$PATCHES" && printf '%s\n' *.patch */*.patch) "$PATCHES/series"; }
+topic_files() {
+	local t f rc=0
+	for t in $(topics); do
+		for f in $TOPIC_FILES; do
+			[[ -f $PATCHES/$t/$f ]] || { say "patches/$BASE/$t/$f is missing"; rc=1; }
+		done
+		with_required "${t#*-}" || rc=1
+	done
+	return $rc
+}
+cover_letters() {
+	local t n first rc=0
+	for t in $(topics); do
+		n=$(patch_files "$t" | wc -l)
+		first=$(head -n 1 "$PATCHES/$t/cover-letter.txt")
+		[[ $first =~ ^Subject:\ \[PATCH\ 0+/$n\]\ [^\ ] ]] ||
+			{ say "patches/$BASE/$t/cover-letter.txt begins with '$first', expected 'Subject: [PATCH 0/$n] ...'"; rc=1; }
+	done
+	return $rc
+}
 base_file() {
 	local k
 	for k in upstream package version sha256; do base_info $k; done
 }
-map_known() {
-	awk -F'\t' -v table="$PATCHES/tests.tsv" '
-		BEGIN { while ((getline line < table) > 0) { split(line, f, "\t"); known[f[2]] = 1 } }
-		/^#/ { next }
-		NF != 5 || $1 !~ /^[0-9][0-9][0-9][0-9](-[0-9][0-9][0-9][0-9])?$/ || $4 !~ /^(build|run|none)$/ || ($4 != "none" && !($5 in known)) {
-			print FILENAME ":" FNR ": " $0; bad = 1 }
-		END { exit bad }' "$PATCHES/tests.map"
+trailers() {
+	"$TOP/scripts/patch-info" > "$work/info"
+	none < <(awk -F'\t' '
+		FILENAME ~ /tests\.tsv$/ { known[$2] = 1; next }
+		($2 == "run" || $2 == "build") && !($3 in known) { print $1 ": no such test in tests.tsv: " $3 }
+		' "$PATCHES/tests.tsv" "$work/info")
 }
 
 ok "BASE is complete" base_file
@@ -128,7 +137,9 @@ ok "the patches of experiments apply to it" experiments
 ok "every patch is signed off" signed_off
 ok "every patch has the series' author" one_author
 ok "subjects have the form KVM: area: Imperative" subjects
-ok "there is a cover letter outside of the glob" cover_letter
-ok "tests.map is well formed" map_known
-git -C "$tree" worktree remove -f "$work/am/src" 2> /dev/null
+ok "the series file lists the patches in the shell's order" series_order
+ok "every topic has its files and requires topics before it" topic_files
+ok "every cover letter says how many patches follow" cover_letters
+ok "every patch says in a trailer what proves it" trailers
+git -C "$tree" worktree remove -f "$work/am" 2> /dev/null
 done_testing

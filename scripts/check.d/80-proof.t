@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The tests bite: what tests.map names fails, or is skipped for want of the
-# capability, without the patches, and passes with them.
+# The tests bite: what the trailers Selftest of the patches name fails, or is skipped for
+# want of the capability, without the patches, and passes with them.
 . "$(dirname "$0")/tap.sh"
 
 builds() {
@@ -21,22 +21,36 @@ bites() {
 	[[ $base = fail || $base = skip ]] && [[ $patched = ok ]]
 }
 
-while IFS=$'\t' read -r patches _ arch how test; do
-	[[ $patches = \#* ]] && continue
+# Each test and architecture once, however many patches it proves.
+info=$("$TOP/scripts/patch-info")
+while IFS=$'\t' read -r how test arch; do
 	case $how in
-	run) ok "$patches: $arch $test fails without, passes with" bites "$arch" "$test" ;;
+	run) ok "$arch $test fails without, passes with" bites "$arch" "$test" ;;
 	build)
 		use_arch "$arch"
 		for which in base patched; do
 			src=$("$TOP/scripts/src" $which)
 			make -s -C "$src" O="$BUILD/tests/$arch/headers-$which" "${kernel_make[@]}" headers > /dev/null
 			if [[ $which = base ]]; then
-				ok "$patches: $arch $test does not build without" not builds "$src" "$arch" "$test" $which
+				ok "$arch $test does not build without" not builds "$src" "$arch" "$test" $which
 			else
-				ok "$patches: $arch $test builds with" builds "$src" "$arch" "$test" $which
+				ok "$arch $test builds with" builds "$src" "$arch" "$test" $which
 			fi
 		done
 		;;
 	esac
-done < "$PATCHES/tests.map"
+done < <(awk -F'\t' -v OFS='\t' -v arches="$ARCHES" '
+	FILENAME ~ /tests\.tsv$/ {
+		n = split($3 == "all" ? arches : $3, a, " ")
+		for (i = 1; i <= n; i++)
+			if (!seen[$2, a[i]]++)
+				on[$2] = on[$2] " " a[i]
+		next
+	}
+	$2 == "run" || $2 == "build" {
+		n = split(on[$3], a, " ")
+		for (i = 1; i <= n; i++)
+			if (!said[$2, $3, a[i]]++)
+				print $2, $3, a[i]
+	}' "$PATCHES/tests.tsv" - <<< "$info")
 done_testing

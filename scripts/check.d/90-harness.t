@@ -226,6 +226,7 @@ project() {
 	done
 	[[ ${1:-} != tree ]] || {
 		git clone -q --shared --no-checkout "$BUILD/tree" "$copy/build/$BASE/tree"
+		git -C "$copy/build/$BASE/tree" fetch -q origin '+refs/applied/*:refs/applied/*'
 		git -C "$copy/build/$BASE/tree" symbolic-ref HEAD refs/heads/series
 		git -C "$copy/build/$BASE/tree" update-ref refs/heads/series "$tip"
 		git -C "$copy/build/$BASE/tree" update-ref refs/exported "$tip"
@@ -235,11 +236,12 @@ project() {
 }
 tip=$("$TOP/scripts/apply" "$BUILD/tree")
 ctree=$copy/build/$BASE/tree
+last=$(topics | tail -n 1)
+first_patch=$(head -n 1 "$PATCHES/series")
 
 export_difference() {
 	project tree
-	first=("$copy/patches/$BASE/"0001-*.patch)
-	sed -i 's/^Subject: \[PATCH\] KVM:/Subject: [PATCH]  KVM:/' "${first[0]}"
+	sed -i 's/^Subject: \[PATCH\] KVM:/Subject: [PATCH]  KVM:/' "$copy/patches/$BASE/$first_patch"
 	fails_with "is not what 'make export' writes" "$copy/scripts/export" --check
 }
 mirror_difference() {
@@ -250,14 +252,13 @@ mirror_difference() {
 }
 unlisted_patch() {
 	project tree
-	cp "$copy/patches/$BASE/"0001-*.patch "$copy/patches/$BASE/0099-extra.patch"
-	fails_with '0099-extra.patch' "$copy/scripts/tree"
+	cp "$copy/patches/$BASE/$first_patch" "$copy/patches/$BASE/$last/0099-extra.patch"
+	fails_with "$last/0099-extra.patch" "$copy/scripts/tree"
 }
 does_not_apply() {
 	project tree
-	first=("$copy/patches/$BASE/"0001-*.patch)
-	sed -i 's/^-\t/-\tnot what is there /' "${first[0]}"
-	fails_with 'does not apply' "$copy/scripts/tree" &&
+	sed -i 's/^-\t/-\tnot what is there /' "$copy/patches/$BASE/$first_patch"
+	fails_with "a patch of ${first_patch%%/*} does not apply" "$copy/scripts/tree" &&
 		[[ $(git -C "$ctree" rev-parse series) = "$tip" ]] && not compgen -G "$copy/build/$BASE/apply.*/"
 }
 dirty_tree() {
@@ -289,8 +290,84 @@ export_adds() {
 	project tree
 	echo edited >> "$ctree/COPYING"
 	as_series git -C "$ctree" commit -qasm 'KVM: something'
-	"$copy/scripts/export" && compgen -G "$copy/patches/$BASE/*-KVM-something.patch" &&
+	"$copy/scripts/export" && compgen -G "$copy/patches/$BASE/$last/*-KVM-something.patch" &&
 		"$copy/scripts/export" --check && "$copy/scripts/tree" && "$copy/scripts/export" --check
+}
+# commit_topic FOLDER: begin a topic at the end of the series
+commit_topic() { as_series git -C "$ctree" commit -q --allow-empty -m "topic: $1"; }
+add_patch() {
+	echo edited >> "$ctree/COPYING"
+	as_series git -C "$ctree" commit -qasm 'KVM: something'
+}
+# refuses_topic MESSAGE FOLDER: export does not begin this topic, and writes nothing
+refuses_topic() {
+	project tree
+	commit_topic "$2"
+	add_patch
+	fails_with "$1" "$copy/scripts/export" && diff -r "$TOP/patches" "$copy/patches"
+}
+topic_not_empty() {
+	project tree
+	echo edited >> "$ctree/COPYING"
+	as_series git -C "$ctree" commit -qam 'topic: 99-new'
+	add_patch
+	fails_with "'topic: 99-new' must be empty" "$copy/scripts/export"
+}
+topic_without_patch() {
+	project tree
+	commit_topic 99-new
+	fails_with 'topic 99-new has no patch' "$copy/scripts/export"
+}
+patch_before_topics() {
+	project tree
+	git -C "$ctree" reset -q --soft base
+	as_series git -C "$ctree" commit -qsm 'KVM: something'
+	fails_with 'the first commit must be an empty one' "$copy/scripts/export"
+}
+new_topic() {
+	project tree
+	commit_topic 99-new
+	add_patch
+	mkdir "$copy/patches/$BASE/99-new"
+	touch "$copy/patches/$BASE/99-new/"{requires,cover-letter.txt,mainline.rst}
+	"$copy/scripts/export"
+	compgen -G "$copy/patches/$BASE/99-new/0001-KVM-something.patch"
+	"$copy/scripts/export" --check
+	# And without it again.
+	git -C "$ctree" reset -q --hard "$tip"
+	echo mine > "$copy/patches/$BASE/99-new/notes"
+	fails_with 'topic 99-new is gone, but .* has other files: notes' "$copy/scripts/export"
+	rm "$copy/patches/$BASE/99-new/notes"
+	"$copy/scripts/export" && diff -r "$TOP/patches" "$copy/patches"
+}
+# A topic whose patch needs what another topic added, and does not say so.
+not_alone() {
+	project tree
+	commit_topic 99-new
+	file=$(git -C "$ctree" log --diff-filter=A --format= --name-only base..series | sed -n 1p)
+	git -C "$ctree" sparse-checkout add "/$file"
+	echo >> "$ctree/$file"
+	as_series git -C "$ctree" commit -qasm 'KVM: something'
+	mkdir "$copy/patches/$BASE/99-new"
+	touch "$copy/patches/$BASE/99-new/"{requires,cover-letter.txt,mainline.rst}
+	"$copy/scripts/export"
+	fails_with 'a patch of 99-new does not apply' "$copy/scripts/apply" "$ctree" new
+	topics | sed 's/^[0-9]*-//' > "$copy/patches/$BASE/99-new/requires"
+	"$copy/scripts/apply" "$ctree" new
+}
+unknown_topic() { fails_with "no topic .nothing. .* the topics are: ${first_topic#*-}" env TOPIC=nothing "$TOP/scripts/run"; }
+first_topic=${first_patch%%/*}
+requires_unknown() {
+	project tree
+	echo nothing >> "$copy/patches/$BASE/$last/requires"
+	fails_with "$last/requires names 'nothing', which is no topic before it" \
+		"$copy/scripts/apply" "$ctree" "${last#*-}"
+}
+# bad_trailer SED-COMMAND MESSAGE
+bad_trailer() {
+	project
+	sed -i "$1" "$copy/patches/$BASE/$first_patch"
+	fails_with "$2" "$copy/scripts/patch-info"
 }
 unknown_base() { fails_with "no base '9.9'" env BASE=9.9 "$TOP/scripts/tree"; }
 bad_jobs() { fails_with 'JOBS must be a number' env JOBS=many "$TOP/scripts/tree"; }
@@ -374,6 +451,19 @@ ok "export refuses fixups" fixup_left
 ok "export refuses a commit without sign-off" not_signed
 ok "tree does not throw away work that was not exported" unexported_work
 ok "export writes a new patch, and the round trip holds" export_adds
+ok "export refuses a patch before the first topic" patch_before_topics
+ok "export refuses a topic that begins with changes" topic_not_empty
+ok "export refuses a topic without a patch" topic_without_patch
+ok "export refuses a topic that comes twice" refuses_topic "comes twice" "99-${first_topic#*-}"
+ok "export refuses a topic out of order" refuses_topic 'must not come after' 00-new
+ok "export refuses a topic without a number" refuses_topic "not a topic's name" new
+ok "export refuses a new topic without its files" refuses_topic 'topic 99-new is new: write cover-letter.txt' 99-new
+ok "export writes a new topic, and removes one that is gone" new_topic
+ok "a topic that needs what it does not require is an error" not_alone
+ok "an unknown TOPIC is an error" unknown_topic
+ok "a topic that requires an unknown one is an error" requires_unknown
+ok "a patch without Selftest is an error" bad_trailer /^Selftest:/d "$first_patch: no trailer Selftest"
+ok "a trailer of another form is an error" bad_trailer 's/^Selftest: .*/Selftest: none/' 'not a form of Selftest: none'
 ok "an unknown BASE is an error" unknown_base
 ok "a bad JOBS is an error" bad_jobs
 ok "a config line without effect is an error" bad_config

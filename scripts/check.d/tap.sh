@@ -11,17 +11,21 @@ log=$BUILD/log/check-$check.log
 work=$BUILD/check/$check
 rm -rf "$work"
 mkdir -p "$work" "$BUILD/log"
-points=0
+points=0 failed=0
 
 # ok DESCRIPTION COMMAND...: a point that passes with exit code 0.  The command runs
-# strictly: in a subshell, where the first command that fails ends it.
+# strictly: in a subshell, where the first command that fails ends it.  Shows the time
+# that a long command takes.
 ok() {
-	local what=$1
+	local what=$1 start=$SECONDS rc=0
 	shift
-	if strictly "$@" > "$log" 2>&1 < /dev/null; then
+	strictly "$@" > "$log" 2>&1 < /dev/null || rc=$?
+	((SECONDS - start < 10)) || what+=" ($(elapsed $((SECONDS - start))))"
+	if ((rc == 0)); then
 		say "ok $((++points)) - $what"
 	else
 		say "not ok $((++points)) - $what"
+		failed=$((failed + 1))
 		tail -n 40 "$log" | sed 's/^/# /'
 	fi
 }
@@ -37,6 +41,22 @@ last_words() {
 	[[ $2 != verdict ]] || f=$1/console
 	tail -n 60 "$f" | sed 's/^/# /'
 }
+
+# plain_am DIR PATCH...: a work tree DIR with the patches on the base, applied by what a
+# user types, with a user's identity
+plain_am() {
+	local dir=$1
+	shift
+	git -C "$BUILD/tree" worktree prune &&
+	git -C "$BUILD/tree" worktree add -q --no-checkout --detach "$dir" base || return
+	git apply --numstat -z "$@" | tr '\0' '\n' | cut -f 3 | sed 's|^|/|' | sort -u |
+		git -C "$dir" sparse-checkout set --no-cone --stdin
+	git -C "$dir" checkout -q
+	(cd "$dir" && env -u GIT_CONFIG_GLOBAL -u GIT_CONFIG_NOSYSTEM HOME="$work" \
+		git -c user.name=User -c user.email=user@example.com am "$@")
+}
+# same_tree DIR COMMIT: what is committed in the work tree DIR is the tree of COMMIT
+same_tree() { git -C "$1" diff --exit-code --stat HEAD "$2"; }
 
 # fails_with PATTERN COMMAND...: the command fails, and says why
 fails_with() {
