@@ -118,6 +118,15 @@ tests_of() {
 }
 group_has_tests() { [[ $(tests_of "$@") ]]; }
 
+# run_has_tests ARCH [FEATURE...]: does make run have any, of the named features?
+run_has_tests() {
+	local group
+	for group in $PLAIN_GROUPS; do
+		! group_has_tests "$1" "$group" "${@:2}" || return 0
+	done
+	return 1
+}
+
 # use_arch ARCH: qemu, machine, console, append, kernel_make, kernel_cc, kernel_image
 use_arch() {
 	[[ -f $TOP/scripts/qemu/$1.sh ]] || die "no such architecture: '$1' (want one of: $ARCHES)"
