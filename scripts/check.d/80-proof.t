@@ -50,7 +50,7 @@ done < <(awk -F'\t' -v OFS='\t' -v arches="$ARCHES" '
 	$2 == "run" || $2 == "build" {
 		n = split(on[$3], a, " ")
 		for (i = 1; i <= n; i++)
-			if (!said[$2, $3, a[i]]++)
+			if (($4 == "-" || $4 == a[i]) && !said[$2, $3, a[i]]++)
 				print $2, $3, a[i]
 	}' "$PATCHES/tests.tsv" - <<< "$info")
 done_testing

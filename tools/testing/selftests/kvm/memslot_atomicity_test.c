@@ -1,22 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * vCPUs run in memslots that are split and merged all the time.
+ * Run vCPUs in memslots that are split and merged continuously.
  *
- * The memslot with the guest's code, stacks and page tables, and one with data
- * and more code, are split in two at random pages and merged again, by
- * KVM_SET_USER_MEMORY_REGIONS.  vCPUs count in all pages of the latter, call a
- * function in each of them, and on x86, if KVM has been told to emulate
- * instructions with its prefix, do both by way of the emulator.  There is no
- * moment without the memory, so:
+ * KVM_SET_USER_MEMORY_REGIONS splits two memslots at random pages and merges them
+ * again: one with the guest's code, stacks and page tables, and one with data and
+ * more code.  vCPUs increment a counter in each page of the latter, and call a
+ * function in each page.  On x86, if KVM is configured to emulate instructions that
+ * have its prefix, they also use emulated instructions for both.  The memory is
+ * never absent, therefore:
  *
- *  - no exit to userspace, no exception,
- *  - each counter is as high as the guest says it counted.
+ *  - no vCPU exits to userspace or gets an exception,
+ *  - each counter has the value that the guest reports.
  *
- * Meanwhile a thread drops the mappings of the pages, which keep their
- * contents, for KVM's MMU notifiers to run against the changes.
+ * Meanwhile, a thread drops the mappings of the pages, which keep their contents, so
+ * that KVM's MMU notifiers run concurrently with the changes.
  *
- * With -o the data is split and merged by KVM_SET_USER_MEMORY_REGION, slot by
- * slot, for comparison.  vCPUs then exit, and the number of exits is printed.
+ * With -o, KVM_SET_USER_MEMORY_REGION splits and merges the data slot step by step,
+ * for comparison.  vCPUs then do exit, and the test prints the number of exits.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
@@ -35,10 +35,10 @@
 #include <kvm_util.h>
 #include <processor.h>
 
-/* Arbitrarily chosen, above what the library uses for itself. */
+/* Arbitrarily chosen, above the addresses that the library uses. */
 #define DATA_GPA		SZ_1G
 #define DATA_SLOT		100
-/* Slots for the upper halves. */
+/* Slots for the upper parts after a split. */
 #define UPPER_CODE_SLOT		101
 #define UPPER_DATA_SLOT		102
 
@@ -46,11 +46,11 @@
 #define GUEST_PAGE_SIZE		4096
 #define MAX_VCPUS		8
 
-/* In each data page: a counter for each vCPU, and code. */
+/* Each data page contains a counter for each vCPU, and code. */
 #define CODE_OFFSET		1024
 #define EMULATED_CODE_OFFSET	2048
 
-/* Seen by the guest. */
+/* Shared with the guest. */
 static bool emulate;
 static bool execute;
 static bool stop;
@@ -97,13 +97,16 @@ static void guest_code(int id)
 	GUEST_DONE();
 }
 
-/* int page_number(void), and void increment(uint64_t *) by an emulated instruction. */
+/*
+ * Write the code of two functions: int page_number(void), and on x86
+ * void increment(uint64_t *), which increments with an emulated instruction.
+ */
 static void write_code(void *page, int number)
 {
 #ifdef __x86_64__
-	/* Atomic in every other page, else with a prefix that changes nothing. */
+	/* Atomic in every other page, elsewhere with a prefix without effect. */
 	const uint8_t increment[] = {
-		0x0f, 0x0b, 'k', 'v', 'm',	/* emulate what follows */
+		0x0f, 0x0b, 'k', 'v', 'm',	/* emulate the next instruction */
 		number & 1 ? 0xf0 : 0x3e,	/* lock or ds */
 		0x48, 0xff, 0x07,		/* incq (%rdi) */
 		0xc3,				/* ret */
@@ -178,7 +181,7 @@ static void set_region(uint32_t slot, uint64_t gpa, uint64_t npages, void *hva)
 	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
 }
 
-/* Split and merge slot by slot: the gfns have no memory for a while. */
+/* Split and merge slot by slot: the gfns have no memory in between. */
 static void split_and_merge_old(int at)
 {
 	void *upper = data + at * GUEST_PAGE_SIZE;
@@ -240,8 +243,9 @@ static void split_and_merge(struct kvm_userspace_memory_region *code,
 }
 
 /*
- * Wait until each vCPU has been through all pages at least once more.  It counts
- * at the end, also of a loop that is under way now.
+ * Wait until each vCPU has accessed all pages at least once more.  A vCPU counts a
+ * loop at its end, so the first increment may belong to a loop that has started
+ * before this call.
  */
 static void wait_for_vcpus(void)
 {
@@ -327,7 +331,7 @@ static uint64_t run(int nr_cycles, bool storm)
 		}
 	}
 
-	pr_info("%d cycles%s%s%s: %lu loops of the guest, %lu dropped mappings, %lu exits\n",
+	pr_info("%d cycles%s%s%s: %lu guest loops, mappings dropped %lu times, %lu exits\n",
 		nr_cycles, old_ioctl ? ", slot by slot" : "",
 		emulate ? ", emulated" : "", storm ? ", storm" : "",
 		nr_loops, nr_rounds, nr_exits);
@@ -338,7 +342,7 @@ static uint64_t run(int nr_cycles, bool storm)
 	return nr_exits;
 }
 
-/* May the guest have instructions emulated? */
+/* Whether the guest can force the emulation of instructions. */
 static bool can_force_emulation(void)
 {
 	int fd = open("/sys/module/kvm/parameters/force_emulation_prefix", O_RDONLY);
@@ -355,9 +359,9 @@ static bool can_force_emulation(void)
 static void help(const char *name)
 {
 	printf("usage: %s [-h] [-i cycles] [-v vcpus] [-s seed] [-o]\n", name);
-	printf(" -i: how often to split and merge, default 100\n");
+	printf(" -i: number of splits and merges, default 100\n");
 	printf(" -v: number of vCPUs, default 2, at most %d\n", MAX_VCPUS);
-	printf(" -s: the seed of the places to split at, default the time\n");
+	printf(" -s: seed for the pages to split at, default: the current time\n");
 	printf(" -o: use KVM_SET_USER_MEMORY_REGION and count exits\n");
 	exit(0);
 }
@@ -377,7 +381,7 @@ int main(int argc, char *argv[])
 		case 'v':
 			nr_vcpus = atoi(optarg);
 			TEST_ASSERT(nr_vcpus >= 1 && nr_vcpus <= MAX_VCPUS,
-				    "1 to %d vCPUs, not %d", MAX_VCPUS, nr_vcpus);
+				    "expected 1 to %d vCPUs, got %d", MAX_VCPUS, nr_vcpus);
 			break;
 		case 's':
 			seed = strtoul(optarg, NULL, 0);
@@ -407,7 +411,7 @@ int main(int argc, char *argv[])
 		nr_exits += run(nr_cycles, false);
 		nr_exits += run(nr_cycles, true);
 	} else {
-		pr_info("no forced emulation, the emulator is not tested\n");
+		pr_info("forced emulation is disabled, the emulator is not tested\n");
 	}
 	printf("perf: exits_transaction exits %lu\n", nr_exits);
 	return 0;

@@ -2,18 +2,18 @@
 /*
  * Change memslots while a vCPU waits for a page.
  *
- *  - wait: userfaultfd keeps a vCPU waiting for a page.  Slots that have
- *    nothing to do with it are created, deleted, split and merged meanwhile,
- *    with success before the page arrives.  Latencies are printed.
- *  - gone: the slot of the page that the vCPU waits for is deleted; the guest
- *    then finds no memory there, whatever becomes of the page.
- *  - unlucky: each time that the page has arrived, it is taken away before the
- *    guest can access it.  KVM brings it in outside of kvm->srcu so many times,
- *    then it holds on to it.  Faults on other pages of the guest, which are
- *    there, make no difference.
- *  - race: the page is taken away as soon as it has arrived, again and again,
- *    until it may stay; sometimes the guest is faster.
- *  - error: there is no page to be had; KVM_RUN fails with EFAULT.
+ *  - wait: userfaultfd keeps a vCPU waiting for a page.  Meanwhile, unrelated slots
+ *    are created, deleted, split and merged.  All changes must complete before the
+ *    page arrives.  The test prints their latencies.
+ *  - gone: the slot whose page the vCPU waits for is deleted.  The guest must then
+ *    find no memory, even if the page arrives.
+ *  - unlucky: each time the page has arrived, it is taken away before the guest can
+ *    access it.  KVM must fault it in without kvm->srcu KVM_PAGE_IN_MAX_ATTEMPTS
+ *    times, then with kvm->srcu held.  Faults on other, resident pages of the guest
+ *    must not change that.
+ *  - race: the page is repeatedly taken away as soon as it has arrived, and stays in
+ *    the end.  Sometimes the guest accesses it in time.
+ *  - error: the page cannot be faulted in.  KVM_RUN must fail with EFAULT.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
@@ -37,7 +37,7 @@
 #include <kvm_util.h>
 #include <processor.h>
 
-/* Arbitrarily chosen, above what the library uses for itself. */
+/* Arbitrarily chosen, above the addresses that the library uses. */
 #define DATA_GPA		SZ_1G
 #define OTHER_GPA		(SZ_1G + SZ_1M)
 #define DATA_SLOT		100
@@ -45,10 +45,10 @@
 #define OTHER_UPPER_SLOT	102
 #define NR_OTHER_PAGES		4
 
-/* KVM_PAGE_IN_ROUNDS */
-#define NR_PAGE_INS_IN_VAIN	3
+/* The value in virt/kvm/kvm_main.c */
+#define KVM_PAGE_IN_MAX_ATTEMPTS 3
 
-/* Goes up by so much, or more, when a fault on another page precedes the awaited one. */
+/* Increases by at least MIN_FAULTS if the guest first faults on another page. */
 #ifdef __x86_64__
 #define FAULT_STAT		"pf_fixed"
 #define MIN_FAULTS		1
@@ -61,12 +61,12 @@
 #define NO_SLOT			0xdeadull
 
 /*
- * Much longer than a change takes even on a slow machine; a change that is not
- * complete by then waits for the vCPU.
+ * Much longer than a change takes even on a slow machine.  A change that is not
+ * complete by then must be waiting for the vCPU.
  */
 #define TIMEOUT_SECONDS		20
 
-/* What a page from afar may take, for the figures. */
+/* For the measurements: the time that a page may take to arrive over a network. */
 #define PAGE_IN_MS		700
 #define PERF_ROUNDS		3
 #define NR_PAGE_INS		20
@@ -78,7 +78,7 @@ static size_t page_size;
 static void *data, *other;
 static int uffd;
 
-/* What the vCPU's run came to. */
+/* Results of vcpu_worker(). */
 static uint64_t guest_value;
 static int run_errno;
 static bool mmio_exit;
@@ -89,7 +89,7 @@ static void guest_code(void)
 		GUEST_SYNC(READ_ONCE(*(uint64_t *)DATA_GPA));
 }
 
-/* One access of the guest. */
+/* Run the vCPU for one access of the guest. */
 static void *vcpu_worker(void *unused)
 {
 	struct ucall uc;
@@ -97,7 +97,7 @@ static void *vcpu_worker(void *unused)
 	run_errno = 0;
 	mmio_exit = false;
 	for (;;) {
-		/* The exit reason says nothing when there is no exit. */
+		/* The exit reason is meaningless if KVM_RUN fails. */
 		if (__vcpu_run(vcpu)) {
 			run_errno = errno;
 			return NULL;
@@ -125,11 +125,12 @@ static void finish_access(const char *what, uint64_t value)
 	TEST_ASSERT(!run_errno, "%s: expected KVM_RUN to succeed, got errno %d", what, run_errno);
 	TEST_ASSERT(guest_value == value, "%s: expected value %#lx, got %#lx",
 		    what, value, guest_value);
-	TEST_ASSERT(mmio_exit == (value == NO_SLOT), "%s: expected %sMMIO, got %s", what,
-		    value == NO_SLOT ? "" : "no ", mmio_exit ? "it" : "none");
+	TEST_ASSERT(mmio_exit == (value == NO_SLOT), "%s: expected %s, got %s", what,
+		    value == NO_SLOT ? "an MMIO exit" : "no MMIO exit",
+		    mmio_exit ? "one" : "none");
 }
 
-/* Wait until the vCPU waits for its page. */
+/* Wait until the vCPU is waiting for its page. */
 static void wait_for_fault(void)
 {
 	struct pollfd p = { .fd = uffd, .events = POLLIN };
@@ -177,7 +178,7 @@ static void open_uffd(void)
 		.mode = UFFDIO_REGISTER_MODE_MISSING,
 	};
 
-	/* poll() does not work on one that blocks. */
+	/* poll() works only with O_NONBLOCK. */
 	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
 	__TEST_REQUIRE(uffd >= 0, "no userfaultfd");
 	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API: errno %d", errno);
@@ -185,8 +186,8 @@ static void open_uffd(void)
 }
 
 /*
- * Changes are made by a thread of their own, for the test to fail, not to hang,
- * if they have to wait for the vCPU.
+ * A separate thread makes the changes, so that the test fails instead of hanging if
+ * a change waits for the vCPU.
  */
 struct change {
 	const char *name;
@@ -194,7 +195,7 @@ struct change {
 	uint64_t *ns;
 };
 
-static sem_t change_wanted, change_made;
+static sem_t change_requested, change_done;
 static struct change *change;
 
 static void *change_worker(void *unused)
@@ -202,25 +203,25 @@ static void *change_worker(void *unused)
 	uint64_t start;
 
 	for (;;) {
-		while (sem_wait(&change_wanted))
+		while (sem_wait(&change_requested))
 			;
 		if (!change)
 			return NULL;
 		start = now_ns();
 		change->make();
 		*change->ns = now_ns() - start;
-		sem_post(&change_made);
+		sem_post(&change_done);
 	}
 }
 
 static void start_change(struct change *c)
 {
 	change = c;
-	sem_post(&change_wanted);
+	sem_post(&change_requested);
 }
 
-/* Returns false if the change is still under way after so many milliseconds. */
-static bool change_is_made(unsigned int ms)
+/* Returns false if the change is not complete after @ms milliseconds. */
+static bool wait_for_change(unsigned int ms)
 {
 	struct timespec t;
 	int ret;
@@ -228,7 +229,7 @@ static bool change_is_made(unsigned int ms)
 	clock_gettime(CLOCK_REALTIME, &t);
 	t = timespec_add_ns(t, ms * 1000000ll);
 	do {
-		ret = sem_timedwait(&change_made, &t);
+		ret = sem_timedwait(&change_done, &t);
 	} while (ret && errno == EINTR);
 	return !ret;
 }
@@ -236,8 +237,8 @@ static bool change_is_made(unsigned int ms)
 static void make_change(struct change *c)
 {
 	start_change(c);
-	TEST_ASSERT(change_is_made(TIMEOUT_SECONDS * 1000),
-		    "%s: expected to be done while a vCPU waits for a page, is not after %d s",
+	TEST_ASSERT(wait_for_change(TIMEOUT_SECONDS * 1000),
+		    "%s: not complete after %d s, expected no wait for the vCPU's page",
 		    c->name, TIMEOUT_SECONDS);
 }
 
@@ -362,7 +363,7 @@ static void test_gone(void)
 	set_data_region(page_size);
 }
 
-/* An access that has to wait for the page, and gets it. */
+/* An access that waits for the page, which then arrives. */
 static void make_access(const char *what)
 {
 	drop_page();
@@ -377,11 +378,11 @@ static void do_nothing(int signal)
 }
 
 /*
- * Let KVM have the page, but not the guest: KVM_RUN ends, because of the signal,
- * before the guest is entered again.  The signal itself does not end the wait for
+ * Provide the page to KVM, but take it away before the guest accesses it.  The signal
+ * makes KVM_RUN return before it enters the guest again.  It does not end the wait for
  * the page.
  */
-static void make_access_in_vain(const char *what)
+static void interrupt_access(const char *what)
 {
 	TEST_ASSERT(!pthread_kill(vcpu_thread, SIGUSR1), "pthread_kill() failed");
 	provide_page();
@@ -391,7 +392,7 @@ static void make_access_in_vain(const char *what)
 	drop_page();
 }
 
-/* Drop KVM's mappings of code, stack and page tables; the pages stay. */
+/* Drop KVM's mappings of code, stack and page tables; the pages stay resident. */
 static void unmap_guest(void)
 {
 	struct userspace_mem_region *region = memslot2region(vm, 0);
@@ -403,18 +404,18 @@ static void unmap_guest(void)
 }
 
 /*
- * With @unmap, the guest faults on its code, and KVM maps that, before it faults
- * on the page.
+ * With @unmap, the guest first faults on its code, which KVM maps, and then faults on
+ * the page.
  */
 static void test_unlucky(const char *what, int nr_rounds, bool unmap)
 {
 	uint64_t nr_faults, nr_page_ins;
 	int i, expected;
 
-	/* Opens the statistics, which has to be done outside of KVM_RUN. */
+	/* Open the statistics, which is not possible during KVM_RUN. */
 	vcpu_get_stat(vcpu, "page_in");
 
-	/* What was in vain until now does not count. */
+	/* Reset the count of attempts. */
 	make_access(what);
 	drop_page();
 
@@ -426,24 +427,24 @@ static void test_unlucky(const char *what, int nr_rounds, bool unmap)
 		wait_for_fault();
 		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
 		TEST_ASSERT(!unmap || nr_faults >= MIN_FAULTS,
-			    "%s: round %d: expected %s to increase by %d, it did by %lu",
+			    "%s: round %d: expected %s to increase by at least %d, got %lu",
 			    what, i, FAULT_STAT, MIN_FAULTS, nr_faults);
 
 		nr_page_ins = vcpu_get_stat(vcpu, "page_in");
-		make_access_in_vain(what);
+		interrupt_access(what);
 		nr_page_ins = vcpu_get_stat(vcpu, "page_in") - nr_page_ins;
 
-		/* So often outside of kvm->srcu, then once inside. */
-		expected = i % (NR_PAGE_INS_IN_VAIN + 1) < NR_PAGE_INS_IN_VAIN;
+		/* All attempts without kvm->srcu, then one with kvm->srcu held. */
+		expected = i % (KVM_PAGE_IN_MAX_ATTEMPTS + 1) < KVM_PAGE_IN_MAX_ATTEMPTS;
 		TEST_ASSERT(nr_page_ins == expected,
-			    "%s: round %d: expected %d page-ins outside of kvm->srcu, got %lu",
+			    "%s: round %d: expected %d page-ins without kvm->srcu, got %lu",
 			    what, i, expected, nr_page_ins);
 	}
 
 	make_access(what);
 }
 
-/* The guest made its access in spite of all; let it try again. */
+/* If the guest has accessed the page, take that away and start a new access. */
 static bool restart_access(void)
 {
 	if (pthread_tryjoin_np(vcpu_thread, NULL))
@@ -462,7 +463,7 @@ static void test_race(int nr_rounds)
 	uint64_t before, after, nr_page_ins = 0;
 	int i, restarted, nr_restarts = 0;
 
-	/* Opens the statistics, which has to be done outside of KVM_RUN. */
+	/* Open the statistics, which is not possible during KVM_RUN. */
 	vcpu_get_stat(vcpu, "page_in");
 
 	drop_page();
@@ -478,8 +479,8 @@ static void test_race(int nr_rounds)
 			break;
 
 		/*
-		 * Take the page away when it has been brought in, and hope that
-		 * the guest has not got it yet.
+		 * Take the page away as soon as it was faulted in, possibly before
+		 * the guest accesses it.
 		 */
 		do {
 			restarted = restart_access();
@@ -491,7 +492,7 @@ static void test_race(int nr_rounds)
 	}
 	finish_access("race", DATA_VALUE);
 
-	pr_info("%d pages provided, %lu outside of kvm->srcu, %d accesses too fast\n",
+	pr_info("%d pages provided, %lu page-ins without kvm->srcu, %d accesses in time\n",
 		nr_rounds, nr_page_ins, nr_restarts);
 }
 
@@ -502,18 +503,21 @@ static void test_error(void)
 	drop_page();
 	start_access();
 	wait_for_fault();
-	/* Let go of the fault; there is nothing any more that it may access. */
+	/* End the wait for the page, after access to it was revoked. */
 	TEST_ASSERT(!mprotect(data, page_size, PROT_NONE), "mprotect(): errno %d", errno);
 	TEST_ASSERT(!ioctl(uffd, UFFDIO_UNREGISTER, &range), "UFFDIO_UNREGISTER: errno %d", errno);
 	join_thread(vcpu_thread, "error");
 	TEST_ASSERT(run_errno == EFAULT, "error: expected errno %d, got %d", EFAULT, run_errno);
 }
 
-/* How long a slot takes to be created; the page comes after 700 ms, or after that. */
+/*
+ * Measure how long it takes to create a slot.  The page arrives after PAGE_IN_MS
+ * milliseconds, or earlier if the slot has been created by then.
+ */
 static void measure_creates(uint64_t ns[NR_PAGE_INS])
 {
 	struct change c = { "create", create_other };
-	bool made;
+	bool done;
 	int i;
 
 	for (i = 0; i < NR_PAGE_INS; i++) {
@@ -522,10 +526,10 @@ static void measure_creates(uint64_t ns[NR_PAGE_INS])
 		start_access();
 		wait_for_fault();
 		start_change(&c);
-		made = change_is_made(PAGE_IN_MS);
+		done = wait_for_change(PAGE_IN_MS);
 		provide_page();
-		TEST_ASSERT(made || change_is_made(TIMEOUT_SECONDS * 1000),
-			    "expected the slot to be created once the page came, was not after %d s",
+		TEST_ASSERT(done || wait_for_change(TIMEOUT_SECONDS * 1000),
+			    "the slot was not created within %d s after the page arrived",
 			    TIMEOUT_SECONDS);
 		finish_access("measure", DATA_VALUE);
 		delete_other();
@@ -533,7 +537,10 @@ static void measure_creates(uint64_t ns[NR_PAGE_INS])
 	qsort(ns, NR_PAGE_INS, sizeof(*ns), compare);
 }
 
-/* Best of some rounds: what KVM waits for is in each, what the host does is not. */
+/*
+ * Print the best of PERF_ROUNDS rounds: a wait in KVM occurs in each round, but a delay
+ * caused by other load on the host does not.
+ */
 static void measure(void)
 {
 	uint64_t ns[NR_PAGE_INS], median = UINT64_MAX, longest = UINT64_MAX;
@@ -551,8 +558,8 @@ static void measure(void)
 static void help(const char *name)
 {
 	printf("usage: %s [-h] [-i changes] [-p] [-r rounds]\n", name);
-	printf(" -i: how many changes of each kind while the vCPU waits, default 10\n");
-	printf(" -p: measure, do not test\n");
+	printf(" -i: number of changes of each type while the vCPU waits, default 10\n");
+	printf(" -p: measure instead of testing\n");
 	printf(" -r: how often to provide a page and take it away, default 20\n");
 	exit(0);
 }
@@ -579,7 +586,7 @@ int main(int argc, char *argv[])
 			help(argv[0]);
 		}
 	}
-	TEST_ASSERT(nr_changes > 0 && nr_rounds > 0, "expected numbers above 0");
+	TEST_ASSERT(nr_changes > 0 && nr_rounds > 0, "-i and -r must be greater than 0");
 
 	TEST_ASSERT(signal(SIGUSR1, do_nothing) != SIG_ERR, "signal(): errno %d", errno);
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
@@ -593,14 +600,14 @@ int main(int argc, char *argv[])
 	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
 	open_uffd();
 
-	TEST_ASSERT(!sem_init(&change_wanted, 0, 0) && !sem_init(&change_made, 0, 0),
+	TEST_ASSERT(!sem_init(&change_requested, 0, 0) && !sem_init(&change_done, 0, 0),
 		    "sem_init() failed");
 	change_thread = start_thread(change_worker, NULL);
 
 	if (perf) {
 		measure();
 	} else {
-		/* More often than KVM brings in a page in vain. */
+		/* More often than KVM_PAGE_IN_MAX_ATTEMPTS. */
 		for (i = 0; i < 5; i++)
 			test_wait(nr_changes);
 		test_gone();
@@ -611,7 +618,7 @@ int main(int argc, char *argv[])
 	}
 
 	change = NULL;
-	sem_post(&change_wanted);
+	sem_post(&change_requested);
 	join_thread(change_thread, "changes");
 	kvm_vm_free(vm);
 	return 0;

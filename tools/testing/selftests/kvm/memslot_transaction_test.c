@@ -2,22 +2,22 @@
 /*
  * Test KVM_SET_USER_MEMORY_REGIONS, which changes several memslots at once.
  *
- *  - errors: each errno that is documented, with its fail_index; nothing of
- *    the transaction is to be seen afterwards.
- *  - operations: create, split, merge, move, swap, replace, READONLY, delete;
- *    the layout that a vCPU sees, and the number of grace periods.
- *  - order: the order of the entries makes no difference; 128 of them.
- *  - dirty: dirty bits stay with frames whose mapping and logging stay, each
- *    of them in slots of any size at any page.
+ *  - errors: each documented errno with its fail_index.  A transaction that is
+ *    refused must not change anything.
+ *  - operations: create, split, merge, move, swap, replace, toggle READONLY and
+ *    delete.  Checks the layout that a vCPU sees, and the number of grace periods.
+ *  - order: the order of the entries does not matter; with 128 entries.
+ *  - dirty: a page whose mapping and logging do not change keeps its dirty bit;
+ *    with slots of any size and alignment.
  *  - smm: the second address space of x86.
- *  - faults, with -f only: an allocation fails, each in its turn, on kernels
- *    with FAILSLAB.  vmalloc() reports those of its own with a call trace.
+ *  - faults, only with -f: each allocation fails in turn, on kernels with
+ *    FAILSLAB.  vmalloc() reports its failed allocations with a call trace.
  *
- * With -p it only measures: page faults, and 128 slots that are replaced one by
- * one and together.
+ * With -p, the test only measures: page faults, and the replacement of 128 slots,
+ * one by one and in one transaction.
  *
- * What a vCPU sees is probed page by page: the value that the host put into
- * the page, or that there is no slot, and whether the page can be written.
+ * What a vCPU sees is probed page by page: the value that the host wrote to the
+ * page, or that there is no slot, and whether the page is writable.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
@@ -34,26 +34,26 @@
 #include <kvm_util.h>
 #include <processor.h>
 
-/* Arbitrarily chosen, above what the library uses for itself. */
+/* Arbitrarily chosen, above the addresses that the library uses. */
 #define TEST_GPA		SZ_1G
 #define TEST_SLOT		100
 #define NR_PAGES		16
 #define MAX_REGIONS		128
 
-/* Backed, but never touched but for the first ones: slots to have dirty bits. */
+/* Pages for the tests of dirty bits; only the first ones are ever accessed. */
 #define NR_DIRTY_PAGES		3000
 
-/* As many allocations of one transaction are to fail, within so many rounds. */
+/* Make at least MIN_FAULTS allocations fail, in at most MAX_FAULT_ROUNDS rounds. */
 #define MIN_FAULTS		10
 #define MAX_FAULT_ROUNDS	10
 
-/* What -p measures with. */
+/* Parameters of the measurements with -p. */
 #define PERF_GPA		(TEST_GPA + SZ_16M)
 #define PERF_PAGE_SIZE		4096
 #define NR_PERF_PAGES		4096
 #define PERF_ROUNDS		200
 
-/* What a probe finds where there is no slot. */
+/* The value that a probe reads if there is no slot. */
 #define NO_SLOT			0xdeadull
 
 #define GRACE_PERIODS		"memslot_grace_periods"
@@ -72,8 +72,8 @@ static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static size_t page_size;
 /*
- * Twice as much as the guest sees has values, for slots to change their backing;
- * NR_DIRTY_PAGES in all.
+ * NR_DIRTY_PAGES pages.  The first 2 * NR_PAGES pages have values, twice as many as
+ * the guest sees, so that slots can change their backing.
  */
 static void *mem;
 
@@ -83,9 +83,7 @@ static uint64_t nr_touch_pages;
 
 static void guest_code(void)
 {
-	uint64_t *p, value;
-
-	uint64_t i;
+	uint64_t *p, value, i;
 
 	for (;;) {
 		p = (uint64_t *)READ_ONCE(probe_gpa);
@@ -144,13 +142,13 @@ static void *hva(int page)
 	return mem + page * page_size;
 }
 
-/* The value of a page of @mem, other than NO_SLOT. */
+/* The value of a page of @mem, which is never NO_SLOT. */
 static uint64_t value_of(int page)
 {
 	return 0x1000 + page;
 }
 
-/* Pages @first to @first + @n - 1 are those of @mem from @page on. */
+/* Expect that @n guest pages from @first are backed by @mem from @page. */
 static void expect(struct page_state *state, int first, int n, int page, bool writable)
 {
 	int i;
@@ -184,7 +182,7 @@ static void assert_layout(const char *what, struct page_state *expected)
 	}
 }
 
-/* Slot TEST_SLOT + @slot at page @first of the guest, backed from @page on. */
+/* Slot TEST_SLOT + @slot: @n guest pages from @first, backed by @mem from @page. */
 static struct kvm_userspace_memory_region region(int slot, int first, int n, int page,
 						 uint32_t flags)
 {
@@ -237,7 +235,7 @@ static void __set_regions_ok(const char *what, struct regions *r, uint64_t grace
 	pr_debug("%s: %lu grace periods\n", what, n);
 }
 
-/* Set regions that are freed, expect success after so many grace periods. */
+/* Set and free the regions.  Expects success after @grace_periods grace periods. */
 static void set_regions(const char *what, struct regions *r, uint64_t grace_periods)
 {
 	__set_regions_ok(what, r, grace_periods);
@@ -250,11 +248,11 @@ static void set_region(struct kvm_userspace_memory_region r, uint64_t grace_peri
 
 	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
 	n = vm_get_stat(vm, GRACE_PERIODS) - before;
-	TEST_ASSERT(n == grace_periods, "slot %u alone: expected %lu grace periods, got %lu",
+	TEST_ASSERT(n == grace_periods, "single slot %u: expected %lu grace periods, got %lu",
 		    r.slot, grace_periods, n);
 }
 
-/* Delete what a test left. */
+/* Delete the slots that a test may have left. */
 static void clean(int first, int n)
 {
 	int i;
@@ -292,7 +290,7 @@ static void check_error(struct error_case c, struct page_state *layout)
 		    c.what, c.fail_index, c.regions->header.fail_index);
 
 	n = vm_get_stat(vm, GRACE_PERIODS) - before;
-	TEST_ASSERT(!n, "%s: expected to be refused without a grace period, got %lu", c.what, n);
+	TEST_ASSERT(!n, "%s: expected no grace period, got %lu", c.what, n);
 
 	assert_layout(c.what, layout);
 	free(c.regions);
@@ -325,7 +323,7 @@ static struct regions *with_slot(struct regions *r, int i, uint32_t slot)
 
 static void test_errors(void)
 {
-	/* What would be done but for the error in another entry. */
+	/* Valid entries, which KVM must not apply because another entry is invalid. */
 	struct kvm_userspace_memory_region shrink_0 = region(0, 0, 2, 0, 0);
 	struct kvm_userspace_memory_region move_1 = region(1, 12, 4, 4, 0);
 	struct kvm_userspace_memory_region create_2 = region(2, 10, 2, 10, 0);
@@ -338,7 +336,7 @@ static void test_errors(void)
 
 	nr_slots = kvm_check_cap(KVM_CAP_NR_MEMSLOTS);
 
-	/* Slots 0 and 1, side by side, and a hole. */
+	/* The adjacent slots 0 and 1, then a hole. */
 	set_regions("errors", regions(region(0, 0, 4, 0, 0), region(1, 4, 4, 4, 0)), 1);
 	expect(layout, 0, 8, 0, true);
 	expect_hole(layout, 8, NR_PAGES - 8);
@@ -347,7 +345,7 @@ static void test_errors(void)
 	struct error_case cases[] = {
 		{ "unknown flag", EINVAL, 2,
 		  with_header(regions(shrink_0, move_1), 1, 0, 2) },
-		{ "address space that is none", EINVAL, 2,
+		{ "nonexistent address space", EINVAL, 2,
 		  with_header(regions(shrink_0, move_1), 0, 2, 2) },
 		{ "no entries", EINVAL, 0,
 		  with_header(regions(shrink_0), 0, 0, 0) },
@@ -363,33 +361,33 @@ static void test_errors(void)
 		  regions(shrink_0, move_1, shrink_0) },
 		{ "slot twice, deleted and created", EINVAL, 1,
 		  regions(delete_0, shrink_0) },
-		{ "deleted slot that is none", EINVAL, 1,
+		{ "deletion of a nonexistent slot", EINVAL, 1,
 		  regions(shrink_0, no_region(2)) },
-		{ "size not of whole pages", EINVAL, 1,
+		{ "unaligned size", EINVAL, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 0, 8, 0) },
-		{ "gpa within a page", EINVAL, 1,
+		{ "unaligned gpa", EINVAL, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 8, 0, 0) },
-		{ "hva within a page", EINVAL, 1,
+		{ "unaligned hva", EINVAL, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 0, 0, 8) },
-		{ "hva that is not the user's", EINVAL, 1,
+		{ "hva outside of user space", EINVAL, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 0, 0, 1ull << 63) },
-		{ "gpa that wraps", EINVAL, 0,
+		{ "gpa range that wraps", EINVAL, 0,
 		  with(regions(create_2, shrink_0), 0, 0, -TEST_GPA - 11 * page_size, 0, 0) },
 		{ "too many pages", EINVAL, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 0, (1ull << 31) * page_size,
 		       SZ_1G - (uintptr_t)hva(10)) },
 #ifdef __x86_64__
-		{ "gpa that is out of reach", EINVAL, 1,
+		{ "gpa beyond the physical address space", EINVAL, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 1ull << 52, 0, 0) },
 #else
-		{ "gpa that is out of reach", EFAULT, 1,
+		{ "gpa beyond the physical address space", EFAULT, 1,
 		  with(regions(shrink_0, create_2), 1, 0, 1ull << 52, 0, 0) },
 #endif
-		{ "overlap with a slot that stays", EEXIST, 1,
+		{ "overlap with a slot that remains", EEXIST, 1,
 		  regions(create_2, region(0, 0, 5, 0, 0)) },
-		{ "overlap with a slot that stays, unchanged entry", EEXIST, 0,
+		{ "overlap with a slot whose entry changes nothing", EEXIST, 0,
 		  regions(region(0, 0, 5, 0, 0), region(1, 4, 4, 4, 0)) },
-		{ "overlap with a slot that gets other flags", EEXIST, 0,
+		{ "overlap with a slot whose flags change", EEXIST, 0,
 		  regions(region(0, 0, 5, 0, 0), region(1, 4, 4, 4, KVM_MEM_LOG_DIRTY_PAGES)) },
 		{ "overlap with a slot that is replaced", EEXIST, 1,
 		  regions(region(1, 4, 4, 8, 0), region(2, 7, 1, 7, 0)) },
@@ -397,16 +395,16 @@ static void test_errors(void)
 		  regions(region(2, 7, 1, 7, 0), region(1, 4, 4, 8, 0)) },
 		{ "overlap of two new slots", EEXIST, 2,
 		  regions(shrink_0, create_2, region(3, 11, 1, 0, 0)) },
-		{ "overlap with where a slot moves to", EEXIST, 1,
+		{ "overlap with the new location of a slot", EEXIST, 1,
 		  regions(move_1, region(2, 15, 1, 0, 0)) },
-		{ "overlap of slots that begin alike", EEXIST, 1,
+		{ "overlap of slots with the same start", EEXIST, 1,
 		  regions(region(2, 8, 1, 8, 0), region(3, 8, 2, 8, 0)) },
 	};
 
 	for (int i = 0; i < ARRAY_SIZE(cases); i++)
 		check_error(cases[i], layout);
 
-	/* The header cannot be read, then the entries cannot. */
+	/* The header is not readable, then the entries are not. */
 	ret = __vm_ioctl(vm, KVM_SET_USER_MEMORY_REGIONS,
 			 (struct kvm_userspace_memory_regions *)0);
 	TEST_ASSERT(ret == -1 && errno == EFAULT, "no header: expected errno %d, got %d",
@@ -424,7 +422,7 @@ static void test_errors(void)
 	TEST_ASSERT(r->header.fail_index == 1, "no entries: expected fail_index 1, got %u",
 		    r->header.fail_index);
 	munmap(last_page, page_size);
-	assert_layout("faults of the arguments", layout);
+	assert_layout("inaccessible arguments", layout);
 
 	clean(0, 4);
 }
@@ -460,9 +458,9 @@ static void test_operations(void)
 	expect(layout, 0, 10, 0, true);
 	assert_layout("grow", layout);
 
-	set_regions("other backing", regions(region(0, 0, 10, NR_PAGES, 0)), 2);
+	set_regions("different backing", regions(region(0, 0, 10, NR_PAGES, 0)), 2);
 	expect(layout, 0, 10, NR_PAGES, true);
-	assert_layout("other backing", layout);
+	assert_layout("different backing", layout);
 
 	set_regions("punch a hole", regions(region(0, 0, 4, 0, 0), region(1, 6, 4, 6, 0)), 2);
 	expect(layout, 0, 4, 0, true);
@@ -482,14 +480,14 @@ static void test_operations(void)
 	expect(layout, 8, 4, 6, true);
 	assert_layout("move onto each other", layout);
 
-	set_regions("all kinds at once",
+	set_regions("all types of changes",
 		    regions(no_region(0), region(2, 0, 2, 2, log), region(1, 4, 4, 6, log),
 			    region(3, 8, 4, 8, 0)), 2);
 	expect(layout, 0, 2, 2, true);
 	expect_hole(layout, 2, 2);
 	expect(layout, 4, 4, 6, true);
 	expect(layout, 8, 4, 8, true);
-	assert_layout("all kinds at once", layout);
+	assert_layout("all types of changes", layout);
 
 	if (kvm_has_cap(KVM_CAP_READONLY_MEM)) {
 		set_regions("readonly", regions(region(2, 0, 2, 2, ro), region(3, 8, 4, 8, ro)), 2);
@@ -507,15 +505,15 @@ static void test_operations(void)
 	expect_hole(layout, 0, NR_PAGES);
 	assert_layout("delete", layout);
 
-	/* A slot alone is a transaction too. */
+	/* Single slots, with the old ioctl. */
 	set_region(region(0, 0, 4, 0, 0), 1);
 	set_region(region(0, 0, 4, 0, log), 1);
 	set_region(region(0, 4, 4, 0, log), 2);
 	expect(layout, 4, 4, 0, true);
-	assert_layout("a slot alone", layout);
+	assert_layout("single slot", layout);
 	set_region(no_region(0), 2);
 	expect_hole(layout, 0, NR_PAGES);
-	assert_layout("a slot alone, deleted", layout);
+	assert_layout("single slot, deleted", layout);
 }
 
 /*
@@ -535,7 +533,7 @@ static void shuffle(struct kvm_userspace_memory_region *entries, int n)
 	}
 }
 
-/* Slots of a page each: @order[i] is where slot i is. */
+/* Slots of one page each: slot i is at guest page @order[i]. */
 static void set_single_pages(const char *what, int *order, int nr_moved)
 {
 	struct kvm_userspace_memory_region entries[MAX_REGIONS];
@@ -579,8 +577,8 @@ static void test_order(int rounds)
 			order[i] = order[j];
 			order[j] = tmp;
 		}
-		set_single_pages("128 slots in other places", order, nr_moved);
-		assert_single_pages("128 slots in other places", order);
+		set_single_pages("128 slots, permuted", order, nr_moved);
+		assert_single_pages("128 slots, permuted", order);
 	}
 
 	for (i = 0; i < MAX_REGIONS; i++)
@@ -609,7 +607,7 @@ static void assert_dirty(const char *what, int slot, unsigned long expected)
 		    what, slot, expected, bitmap);
 }
 
-/* Write, as a probe does, to the pages of the guest that are set in @mask. */
+/* Write to the guest pages that are set in @mask; a probe writes to its page. */
 static void dirty_pages(unsigned long mask)
 {
 	int i;
@@ -632,7 +630,7 @@ static void test_dirty(void)
 	assert_dirty("split, read again", 0, 0);
 	assert_dirty("split, read again", 1, 0);
 
-	/* Logging goes on where it was. */
+	/* Logging continues. */
 	dirty_pages(0x88);
 	assert_dirty("write after the split", 0, 0);
 	assert_dirty("write after the split", 1, 0x88 >> 3);
@@ -641,30 +639,30 @@ static void test_dirty(void)
 	set_regions("merge", regions(no_region(1), region(0, 0, 8, 0, log)), 2);
 	assert_dirty("merge", 0, 0x42);
 
-	/* Not those of pages that get another backing, nor without logging. */
+	/* Pages with a different backing or without logging lose their dirty bits. */
 	dirty_pages(0xff);
-	set_regions("other backing",
+	set_regions("different backing",
 		    regions(region(0, 0, 4, 0, log), region(1, 4, 4, NR_PAGES + 4, log)), 2);
-	assert_dirty("other backing", 0, 0xf);
-	assert_dirty("other backing", 1, 0);
+	assert_dirty("different backing", 0, 0xf);
+	assert_dirty("different backing", 1, 0);
 
 	dirty_pages(0xff);
-	set_regions("no logging for a while", regions(region(1, 4, 4, NR_PAGES + 4, 0)), 1);
-	set_regions("no logging for a while", regions(region(1, 4, 4, NR_PAGES + 4, log)), 1);
-	assert_dirty("no logging for a while", 0, 0xf);
-	assert_dirty("no logging for a while", 1, 0);
+	set_regions("logging stopped and started", regions(region(1, 4, 4, NR_PAGES + 4, 0)), 1);
+	set_regions("logging stopped and started", regions(region(1, 4, 4, NR_PAGES + 4, log)), 1);
+	assert_dirty("logging stopped and started", 0, 0xf);
+	assert_dirty("logging stopped and started", 1, 0);
 
-	/* A slot that moves keeps its own. */
+	/* A slot that moves keeps its dirty bits. */
 	dirty_pages(0x30);
 	set_regions("move", regions(region(1, 8, 4, NR_PAGES + 4, log)), 2);
 	assert_dirty("move", 1, 0x3);
 
-	/* The id of a slot means nothing, gfn and hva do. */
+	/* The slot id does not matter, only gfn and hva do. */
 	dirty_pages(0x6);
 	set_regions("other ids", regions(no_region(0), no_region(1), region(2, 0, 4, 0, log)), 2);
-	assert_dirty("other ids", 2, 0x6);
+	assert_dirty("different ids", 2, 0x6);
 
-	/* A slot that moves to where another one had the same memory. */
+	/* A slot moves to the gfns of a deleted slot that had the same backing. */
 	set_regions("aliases", regions(region(0, 4, 4, 4, log), region(1, 12, 4, 4, log)), 1);
 	dirty_pages(0x60);
 	set_regions("move to an alias", regions(no_region(0), region(1, 4, 4, 4, log)), 2);
@@ -673,7 +671,7 @@ static void test_dirty(void)
 	clean(0, 3);
 }
 
-/* As above, with bitmaps that start with all bits set. */
+/* The same with bitmaps whose bits are all set initially. */
 static void test_dirty_initially_set(void)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
@@ -697,7 +695,7 @@ static void test_dirty_initially_set(void)
 	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0);
 }
 
-/* Which pages are in slots: slot i has @n of them from page @first on. */
+/* A layout of slots: slot i contains @n pages from page @first. */
 struct layout {
 	int nr;
 	struct {
@@ -713,7 +711,10 @@ static void add_slot(struct layout *l, int first, int n)
 	l->nr++;
 }
 
-/* Slots of @n pages, with gaps, between two pages; the last one gets the rest. */
+/*
+ * Slots of @n pages with gaps of @gap pages, from page @first up to page @end.  If
+ * there are too many, the last slot contains all remaining pages.
+ */
 static struct layout even_layout(int first, int n, int gap, int end)
 {
 	struct layout l = {};
@@ -742,7 +743,7 @@ static struct layout random_layout(void)
 	return l;
 }
 
-/* Change one layout to the other. */
+/* Change the layout from @from to @to in one transaction. */
 static void change_layout(const char *what, const struct layout *from, const struct layout *to)
 {
 	struct kvm_userspace_memory_region entries[MAX_REGIONS];
@@ -763,7 +764,7 @@ static void change_layout(const char *what, const struct layout *from, const str
 	free(r);
 }
 
-/* The slots have bits that are all set; clear those of pages that are not to be @dirty. */
+/* All dirty bits of the slots are set; clear those of pages that are not @dirty. */
 static void clear_bits(const struct layout *l, const bool *dirty)
 {
 	uint64_t bitmap[DIV_ROUND_UP(NR_DIRTY_PAGES, 64)];
@@ -777,7 +778,7 @@ static void clear_bits(const struct layout *l, const bool *dirty)
 	}
 }
 
-/* All of the bits, and none beyond the pages of a slot. */
+/* Check the dirty bits of all slots, and that no bit beyond their pages is set. */
 static void assert_bits(const char *what, const struct layout *l, const bool *dirty)
 {
 	uint64_t bitmap[DIV_ROUND_UP(NR_DIRTY_PAGES, 64)];
@@ -794,15 +795,15 @@ static void assert_bits(const char *what, const struct layout *l, const bool *di
 			expected = j < n && dirty[first + j];
 			bit = bitmap[j / 64] >> j % 64 & 1;
 			TEST_ASSERT(bit == expected,
-				    "%s: slot %d of %d pages from page %d on: bit %d: expected %d, got %d",
+				    "%s: slot %d of %d pages from page %d: bit %d: expected %d, got %d",
 				    what, i, n, first, j, expected, bit);
 		}
 	}
 }
 
 /*
- * Change one layout, with random bits, to the other.  Pages that were in no slot
- * have the @fresh bit, all others keep theirs.
+ * Change the layout and check the dirty bits.  Pages that were in no slot have the
+ * initial value @fresh, all others keep their dirty bits.
  */
 static void change_and_check(const char *what, const struct layout *from,
 			     const struct layout *to, bool *dirty, bool fresh)
@@ -821,7 +822,10 @@ static void change_and_check(const char *what, const struct layout *from,
 	assert_bits(what, to, dirty);
 }
 
-/* There and back, in either way that new bitmaps begin. */
+/*
+ * Change the layout from @a to @b and back, once with new bitmaps whose bits are
+ * clear and once with new bitmaps whose bits are set.
+ */
 static void test_dirty_layouts(const char *name, const struct layout *a, const struct layout *b)
 {
 	const uint64_t manual = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE;
@@ -831,9 +835,12 @@ static void test_dirty_layouts(const char *name, const struct layout *a, const s
 	int fresh, i;
 
 	for (fresh = 0; fresh < 2; fresh++) {
-		snprintf(what, sizeof(what), "%s, new bits %d", name, fresh);
+		snprintf(what, sizeof(what), "%s, initial bits %d", name, fresh);
 
-		/* No guest has to run: bits that are set initially can be cleared. */
+		/*
+		 * Start with all bits set and clear some of them, so that the
+		 * guest does not have to run.
+		 */
 		vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
 			      manual | KVM_DIRTY_LOG_INITIALLY_SET);
 		change_layout(what, &none, a);
@@ -851,7 +858,7 @@ static void test_dirty_layouts(const char *name, const struct layout *a, const s
 	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0);
 }
 
-/* Splits and merges at pages that are no multiples of 8 or 64, in either slot. */
+/* Split and merge slots at pages that are not multiples of 8 or 64. */
 static void test_dirty_any_page(int rounds)
 {
 	const int end = NR_DIRTY_PAGES;
@@ -859,7 +866,7 @@ static void test_dirty_any_page(int rounds)
 		even_layout(0, end, 0, end),		/* one slot */
 		even_layout(0, 7, 0, end),
 		even_layout(3, 9, 0, end - 5),
-		even_layout(0, 1, 0, end),		/* single pages, and a large rest */
+		even_layout(0, 1, 0, end),		/* single pages, and a large slot */
 		even_layout(1, end - 2, 0, end - 1),	/* one slot */
 		even_layout(5, 13, 2, end),
 		even_layout(1, 64, 0, end - 1),
@@ -893,7 +900,7 @@ static void assert_logging(const char *what, int as_id, int slot, int error)
 	log.dirty_bitmap = bitmap;
 	ret = __vm_ioctl(vm, KVM_GET_DIRTY_LOG, &log);
 	TEST_ASSERT((ret ? errno : 0) == error,
-		    "%s: slot %d of space %d: expected errno %d, got %d",
+		    "%s: slot %d of address space %d: expected errno %d, got %d",
 		    what, slot, as_id, error, ret ? errno : 0);
 }
 
@@ -912,7 +919,7 @@ static void test_smm(void)
 	expect(layout, 0, 4, 0, true);
 	expect_hole(layout, 4, NR_PAGES - 4);
 
-	/* The same ids and gfns, in another space. */
+	/* The same ids and gfns in the other address space. */
 	set_regions("create in SMM",
 		    with_header(regions(region(0, 0, 4, 4, log), region(1, 4, 4, 8, log)), 0, 1, 2),
 		    1);
@@ -954,7 +961,7 @@ static bool write_string(const char *path, const char *s)
 	return ok;
 }
 
-/* Let the nth allocation of this thread fail; returns whether it came to it. */
+/* Make the nth allocation of this thread fail.  Returns whether there was an nth. */
 static bool fail_nth(int n, struct regions *r, int *error)
 {
 	int fd = open("/proc/thread-self/fail-nth", O_RDWR), ret;
@@ -966,7 +973,7 @@ static bool fail_nth(int n, struct regions *r, int *error)
 	ret = __set_regions(r);
 	*error = ret ? errno : 0;
 	TEST_ASSERT(pread(fd, buf, sizeof(buf) - 1, 0) > 0, "fail-nth: %d", errno);
-	/* Reads as what is left of n, unless it came to the failure. */
+	/* The file contains the remaining count, which is 0 after the failure. */
 	ret = atoi(buf);
 	TEST_ASSERT(write(fd, "0", 1) == 1, "fail-nth: %d", errno);
 	close(fd);
@@ -974,12 +981,12 @@ static bool fail_nth(int n, struct regions *r, int *error)
 }
 
 /*
- * Let each allocation of a transaction fail in its turn.  Returns how many of
- * them made the transaction fail.
+ * Make each allocation of a transaction fail in turn.  Returns how many of these
+ * failures made the transaction fail.
  *
- * Others allocate as well on behalf of KVM, kmemleak and memcg for instance,
- * and not the same number each time: the nth may be theirs, which does no harm,
- * or one of KVM that has failed before.
+ * Other code, such as kmemleak and memcg, allocates memory on behalf of KVM, and not
+ * the same number of times in each round.  The nth allocation may belong to such
+ * code, which does no harm, or it may be one of KVM that has failed before.
  */
 static int try_faults(struct regions *r)
 {
@@ -1024,10 +1031,10 @@ static void test_faults(void)
 
 	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", R_OK | W_OK) &&
 		       write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
-		       "no FAILSLAB, which -f needs");
+		       "-f needs a kernel with FAILSLAB");
 	write_string("/sys/kernel/debug/failslab/verbose", "0");
 
-	/* Replace, delete, move, flags, create. */
+	/* Replace, delete, move, change flags, create. */
 	r = regions(region(0, 0, 6, 0, log), no_region(1), region(2, 14, 2, 8, 0),
 		    region(3, 10, 1, 10, log), region(4, 6, 4, 12, 0));
 	for (round = 0; round < MAX_FAULT_ROUNDS && nr_failed < MIN_FAULTS; round++)
@@ -1036,7 +1043,7 @@ static void test_faults(void)
 	write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "Y");
 	pr_info("%d allocations failed\n", nr_failed);
 	TEST_ASSERT(nr_failed >= MIN_FAULTS,
-		    "expected %d or more allocations to fail in %d rounds, got %d",
+		    "expected at least %d failed allocations in %d rounds, got %d",
 		    MIN_FAULTS, round, nr_failed);
 
 	assert_dirty("no faults", 0, 0x1);
@@ -1052,10 +1059,10 @@ static void test_faults(void)
 }
 
 /*
- * figures
+ * measurements
  */
 
-/* Faults on pages that are resident, after all mappings were dropped. */
+/* Measure faults on resident pages whose mappings have been dropped. */
 static void measure_page_faults(void)
 {
 	const size_t size = NR_PERF_PAGES * PERF_PAGE_SIZE;
@@ -1091,7 +1098,7 @@ static void measure_page_faults(void)
 	printf("perf: page_fault ns %lu\n", best / NR_PERF_PAGES);
 }
 
-/* Give 128 slots other memory, one by one. */
+/* Change the backing of 128 slots, one slot after the other. */
 static uint64_t replace_one_by_one(const struct kvm_userspace_memory_region *entries)
 {
 	struct kvm_userspace_memory_region r;
@@ -1118,7 +1125,7 @@ static uint64_t replace_together(const struct kvm_userspace_memory_region *entri
 	return start;
 }
 
-/* Best of some rounds, in the best way that the kernel has. */
+/* Print the best of PERF_ROUNDS rounds, with transactions if KVM supports them. */
 static void measure_transactions(void)
 {
 	struct kvm_userspace_memory_region entries[2][MAX_REGIONS];
@@ -1147,10 +1154,10 @@ static void measure_transactions(void)
 static void help(const char *name)
 {
 	printf("usage: %s [-h] [-f] [-p] [-r rounds] [-s seed]\n", name);
-	printf(" -f: let allocations fail, too; needs FAILSLAB\n");
-	printf(" -p: measure, do not test\n");
-	printf(" -r: how often 128 slots change places, and random sizes, default 5\n");
-	printf(" -s: the seed of the order of entries and of sizes, default the time\n");
+	printf(" -f: also make allocations fail; needs FAILSLAB\n");
+	printf(" -p: measure instead of testing\n");
+	printf(" -r: number of random permutations of 128 slots and of random layouts (5)\n");
+	printf(" -s: seed for the order of entries and for sizes, default: the current time\n");
 	exit(0);
 }
 
@@ -1183,7 +1190,7 @@ int main(int argc, char *argv[])
 	if (!perf) {
 		TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
 		TEST_ASSERT(kvm_check_cap(KVM_CAP_USER_MEMORY_REGIONS) == MAX_REGIONS,
-			    "expected a capability of %d regions, got %u",
+			    "expected a maximum of %d regions, got %u",
 			    MAX_REGIONS, kvm_check_cap(KVM_CAP_USER_MEMORY_REGIONS));
 		pr_info("seed %u\n", seed);
 	}

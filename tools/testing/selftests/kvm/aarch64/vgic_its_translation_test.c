@@ -1,28 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * vgic_its_translation_test - what becomes of an MSI after ITS commands,
- * register writes and ITS ioctls
+ * vgic_its_translation_test - delivery of MSIs after ITS commands, register
+ * writes and ITS ioctls
  *
- * The table has one row for each of them.  A row starts from the same mappings
- * on a fresh VM, executes one command and sends three MSIs, the first of which
- * the command is about.  For each of them the row knows what KVM_SIGNAL_MSI
- * returns, and which INTID, if any, arrives at which vCPU.  All rows are tested
- * twice, with translations that have been used before and with new ones: the
- * result must not depend on that.
+ * Each row of the table is one test.  It creates a VM with three mapped events,
+ * executes a command, a register write or an ioctl that affects the first event,
+ * and sends one MSI for each event.  The row lists, for each event, the expected
+ * return value of KVM_SIGNAL_MSI, and the INTID and the vCPU if the LPI is
+ * delivered.  Each row runs twice: "cold", where KVM has never translated an MSI
+ * of these events, and "warm", where it has translated each event once.  The
+ * results must be the same.
  *
- * The cases that are no rows:
- *  - MSIs that name no valid doorbell, DeviceID or EventID
+ * Tests outside of the table:
+ *  - MSIs with an invalid doorbell, DeviceID or EventID
  *  - a VM without an ITS
- *  - an LPI that is pending or active when it is discarded, or when its
- *    redistributor stops to accept LPIs; one that is pending when it is
- *    unmapped with its device
+ *  - an LPI that is pending or active when its event is discarded, or when its
+ *    redistributor disables LPIs; an LPI that is pending when its device is
+ *    unmapped
  *  - an LPI that two ITSes map
- *  - the LPI that is restored pending
- *  - MSIs through irqfd, which must be injected in atomic context from the first
- *    one on; statistics
+ *  - an LPI that is pending when the tables are saved and restored
+ *  - MSIs via irqfd, which must be injected in atomic context from the first one
+ *    on, and the statistics
  *  - VMs that are destroyed with LPIs pending, and while MSIs are raised
- *  - MAPTI with memory allocations failing one by one, MAPD and MAPTI with all
- *    of them failing from one on (fault injection)
+ *  - MAPTI with each of its memory allocations failing, MAPD and MAPTI with all
+ *    allocations failing after a number of bytes (fault injection)
  *  - MAPD and MAPTI of a guest that exceeds the memory limit of its cgroup
  */
 
@@ -56,7 +57,7 @@
 #define ITT_SIZE	SZ_4K
 #define NR_ITTS		16
 
-/* What the mappings of every VM consist of, see guest_map() */
+/* The mappings of every VM, see guest_map() */
 #define DEV_A		1
 #define DEV_B		2
 #define LPI_A0		(LPI_BASE + 0)
@@ -64,7 +65,7 @@
 #define LPI_B0		(LPI_BASE + 2)
 #define LPI_NEW		(LPI_BASE + 8)
 #define LPI_OTHER_ITS	(LPI_BASE + 9)
-/* A collection for each vCPU, with the vCPU's number, and an unused one */
+/* Collection n targets vCPU n.  This one is not mapped. */
 #define ICID_UNUSED	7
 
 /* Shared with the guest */
@@ -122,7 +123,7 @@ static void guest_irq_handler(struct ex_regs *regs)
 	gic_set_eoi(intid);
 }
 
-/* As before_eoi: the LPI is active until the host runs the vCPU again. */
+/* For before_eoi: leave the LPI active until the host runs the vCPU again. */
 static void guest_stop(void)
 {
 	GUEST_SYNC(0);
@@ -136,7 +137,7 @@ static void guest_code(void)
 	gicr_enable_lpis(GICR_BASE_GPA, cpu, &tables);
 	local_irq_enable();
 
-	/* Interrupts are taken when the vCPU is entered for the next command. */
+	/* The vCPU takes interrupts when it is entered for the next command. */
 	for (;;) {
 		GUEST_SYNC(0);
 		if (guest_command)
@@ -174,7 +175,7 @@ static void guest_discard_unmapped(void)
 	its_send_discard(&its[0], 5, 0);
 }
 
-/* UNPREDICTABLE; KVM leaves the existing mapping alone. */
+/* UNPREDICTABLE.  KVM keeps the existing mapping. */
 static void guest_mapti_existing(void)
 {
 	its_send_mapti(&its[0], DEV_A, 0, 1, LPI_NEW);
@@ -183,14 +184,14 @@ static void guest_mapti_existing(void)
 static void guest_mapti_invalid(void)
 {
 	its_send_discard(&its[0], DEV_A, 0);
-	/* No such device, no such event, no LPI, an LPI beyond PROPBASER's */
+	/* Unmapped device, EventID too large, INTID too small, INTID too large */
 	its_send_mapti(&its[0], 5, 0, 0, LPI_NEW);
 	its_send_mapti(&its[0], DEV_A, 1 << EVENT_BITS, 0, LPI_NEW);
 	its_send_mapti(&its[0], DEV_A, 0, 0, LPI_BASE - 1);
 	its_send_mapti(&its[0], DEV_A, 0, 0, 1 << LPI_ID_BITS);
 }
 
-/* The mapping exists, but there is nowhere to deliver to. */
+/* The event is mapped, but its collection is not. */
 static void guest_mapti_unmapped_collection(void)
 {
 	its_send_discard(&its[0], DEV_A, 0);
@@ -241,7 +242,7 @@ static void guest_mapd_mapti(void)
 
 static void guest_mapd_invalid(void)
 {
-	/* Beyond the DeviceIDs, and with more EventID bits than there are */
+	/* DeviceID too large, too many EventID bits */
 	its_send_mapd(&its[0], 1 << 16 | DEV_A, itt(0), EVENT_BITS, false);
 	its_send_mapd(&its[0], DEV_A, itt(0), 17, true);
 }
@@ -251,7 +252,7 @@ static void guest_mapc_unmap(void)
 	its_send_mapc(&its[0], 0, 0, false);
 }
 
-/* Unmapping a collection is for good, as far as existing ITEs go. */
+/* Mapping the collection again does not bring its ITEs back. */
 static void guest_mapc_unmap_map(void)
 {
 	its_send_mapc(&its[0], 0, 0, false);
@@ -327,7 +328,7 @@ static void guest_config_inv_twice(void)
 	its_send_inv(&its[0], DEV_A, 0);
 }
 
-/* What happens on one ITS is no business of the other one. */
+/* Commands to one ITS must not affect the other one. */
 static void guest_other_its(void)
 {
 	its_send_mapc(&its[1], 0, 1, true);
@@ -370,7 +371,7 @@ static void run_vcpu(struct kvm_vcpu *vcpu, void (*command)(void))
 	vcpu_run_to_sync(vcpu);
 }
 
-/* Have the guest do something while it handles LPIs, or nothing. */
+/* Set the function that the guest calls while it handles an LPI, or NULL. */
 static void set_before_eoi(void (*command)(void))
 {
 	before_eoi = command;
@@ -418,8 +419,8 @@ static int signal_msi(uint64_t doorbell, uint32_t device_id, uint32_t event_id)
 }
 
 /*
- * Enter all vCPUs, and check that the only LPI that has arrived since the last
- * call is @intid, once, on @vcpu_id; or none if @intid is 0.
+ * Run all vCPUs once.  Check that, since the last call, they have taken @intid
+ * once, on @vcpu_id, and no other LPI; or no LPI at all if @intid is 0.
  */
 static void check_delivered(const char *what, uint32_t intid, uint32_t vcpu_id)
 {
@@ -462,7 +463,7 @@ static void check_msi(const char *what, uint64_t doorbell, uint32_t device_id,
 #define doorbell(its)		((its)->base + GITS_TRANSLATER)
 
 #define DELIVERED(intid, vcpu)	{ 1, intid, vcpu }
-/* Accepted, and pending, but not to be seen */
+/* Accepted and made pending, but not delivered */
 #define PENDING			{ 1 }
 #define UNMAPPED		{ 0 }
 #define DISABLED		{ -EBUSY }
@@ -481,7 +482,7 @@ static const struct {
 	{ DEV_B, 0, B0 },
 };
 
-/* Send the MSIs of all mappings, which are as guest_map() has made them. */
+/* Send an MSI for each event, with the mappings that guest_map() created. */
 static void check_mappings(const char *what)
 {
 	int i;
@@ -498,7 +499,7 @@ static void host_reset(void)
 }
 
 static const uint64_t saved_regs[] = {
-	/* In the order of arm-vgic-its.rst, but for GITS_CTLR */
+	/* In the order of arm-vgic-its.rst, without GITS_CTLR, which comes last */
 	GITS_CBASER, GITS_CREADR, GITS_CWRITER,
 	GITS_BASER_DEVICE, GITS_BASER_COLLECTION,
 };
@@ -527,30 +528,41 @@ static void host_save_restore(void)
 			    &ctlr);
 }
 
-/* A restore on top of what is mapped must fail, and leave nothing mapped. */
-static void host_restore_again(void)
+static void check_restore_fails(void)
 {
-	int ret;
+	int ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+					KVM_DEV_ARM_ITS_RESTORE_TABLES, NULL);
 
-	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
-			    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
-	ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
-				    KVM_DEV_ARM_ITS_RESTORE_TABLES, NULL);
 	TEST_ASSERT(ret == -1 && errno == EEXIST,
 		    "Restore on top of mappings: expected -1 with EEXIST (%d), got %d with %d",
 		    EEXIST, ret, errno);
 }
 
+/* The first collection is mapped already.  KVM unmaps all collections. */
+static void host_restore_again(void)
+{
+	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
+	check_restore_fails();
+}
+
+/* Without collections, the first device is mapped already. */
+static void host_restore_twice(void)
+{
+	host_restore_again();
+	check_restore_fails();
+}
+
 static const struct row {
 	const char *name;
-	/* What the guest does, on vCPU 1, or the host */
+	/* Called by the guest on vCPU 1, or by the host */
 	void (*guest)(void);
 	void (*host)(void);
 	struct result results[ARRAY_SIZE(msis)];
 } rows[] = {
 	{ "nothing", NULL, NULL, { A0, A1, B0 } },
 	{ "DISCARD", guest_discard, NULL, { UNMAPPED, A1, B0 } },
-	{ "DISCARD of what is not mapped", guest_discard_unmapped, NULL,
+	{ "DISCARD of unmapped events", guest_discard_unmapped, NULL,
 	  { A0, A1, B0 } },
 	{ "DISCARD, MAPTI", guest_discard_mapti, NULL,
 	  { DELIVERED(LPI_NEW, 1), A1, B0 } },
@@ -571,7 +583,7 @@ static const struct row {
 	  { DELIVERED(LPI_A0, 1), A1, DELIVERED(LPI_B0, 1) } },
 	{ "MOVALL, no such vCPU", guest_movall_invalid, NULL, { A0, A1, B0 } },
 	{ "MAPD V=0", guest_mapd_unmap, NULL, { UNMAPPED, UNMAPPED, B0 } },
-	{ "MAPD V=1 once more", guest_mapd_again, NULL,
+	{ "MAPD V=1 again", guest_mapd_again, NULL,
 	  { UNMAPPED, UNMAPPED, B0 } },
 	{ "MAPD V=1, MAPTI", guest_mapd_mapti, NULL,
 	  { DELIVERED(LPI_NEW, 1), UNMAPPED, B0 } },
@@ -604,6 +616,8 @@ static const struct row {
 	{ "save, reset, restore", NULL, host_save_restore, { A0, A1, B0 } },
 	{ "restore on top of mappings", NULL, host_restore_again,
 	  { UNMAPPED, UNMAPPED, UNMAPPED } },
+	{ "restore on top of devices", NULL, host_restore_twice,
+	  { UNMAPPED, UNMAPPED, UNMAPPED } },
 };
 
 static void test_row(const struct row *row, bool warm)
@@ -630,7 +644,7 @@ static void test_row(const struct row *row, bool warm)
 	destroy_vm();
 }
 
-/* INT makes an LPI pending, CLEAR makes it not pending. */
+/* INT sets the pending state of an LPI, CLEAR clears it. */
 static void test_int_clear(void)
 {
 	int ret;
@@ -673,7 +687,7 @@ static void test_two_its(void)
 	destroy_vm();
 }
 
-/* MSIs that name something that is not there. */
+/* MSIs with an invalid doorbell, flag or ID */
 static void test_invalid_msi(bool warm)
 {
 	static const struct {
@@ -692,7 +706,7 @@ static void test_invalid_msi(bool warm)
 		{ "event of the other device", DB0, DEVID, DEV_B, 1, 0 },
 		{ "EventID that does not fit the device", DB0, DEVID, DEV_A,
 		  1 << EVENT_BITS, 0 },
-		/* As indexes, these would be the events 0 of devices 1 and 2. */
+		/* In a combined index, these would alias event 0 of devices 1 and 2. */
 		{ "EventID beyond 16 bits", DB0, DEVID, 0, DEV_A << 16, 0 },
 		{ "EventID beyond 16 bits, next device", DB0, DEVID, DEV_A,
 		  1 << 16, 0 },
@@ -754,7 +768,7 @@ static void guest_mapti_a0(void)
 	its_send_mapti(&its[0], DEV_A, 0, 0, LPI_A0);
 }
 
-/* LPI_A0 once more, for an event of the second ITS. */
+/* Map an event of the second ITS to LPI_A0 as well. */
 static void guest_map_shared(void)
 {
 	its_send_mapc(&its[1], 0, 1, true);
@@ -782,7 +796,7 @@ static void make_pending(uint64_t doorbell, uint32_t device_id)
 	TEST_ASSERT(ret == 1, "Expected KVM_SIGNAL_MSI to return 1, got %d", ret);
 }
 
-/* LPI_A0 is pending when its event is unmapped: it must be gone. */
+/* LPI_A0 is pending when its event is unmapped.  It must not be delivered. */
 static void test_unmap_pending(const char *what, void (*unmap)(void))
 {
 	create_vm();
@@ -795,8 +809,8 @@ static void test_unmap_pending(const char *what, void (*unmap)(void))
 }
 
 /*
- * The INTID is mapped anew while the old LPI is still on the ap_list of vCPU 0,
- * which must not hand anything on to the new one.
+ * The INTID is mapped again while the old LPI is still on the ap_list of vCPU 0.
+ * The new LPI must not inherit any state of the old one.
  */
 static void test_remap_pending(void)
 {
@@ -819,8 +833,8 @@ static void test_remap_pending(void)
 }
 
 /*
- * An LPI is unmapped while the guest handles it.  It must not keep a list register,
- * of which a GIC has 16 at most.
+ * LPIs are unmapped while the guest handles them.  They must not keep their list
+ * registers.  A GIC has at most 16, so the 17th LPI would not be delivered.
  */
 static void test_unmap_active(void)
 {
@@ -846,15 +860,14 @@ static void test_unmap_active(void)
 }
 
 /*
- * The redistributor stops to accept LPIs, and starts again, while the guest
- * handles one.  The LPI must not stay active for good, or it would never be
- * delivered again.
+ * LPIs are disabled and enabled again while the guest handles one.  The LPI must
+ * not stay active, or it would never be delivered again.
  */
 static void test_disable_active(void)
 {
 	create_vm();
 
-	/* By the other vCPU, */
+	/* Disabled by the other vCPU */
 	set_before_eoi(guest_stop);
 	make_pending(doorbell(&its[0]), DEV_A);
 	run_vcpu(vcpus[0], NULL);
@@ -864,7 +877,7 @@ static void test_disable_active(void)
 	check_msi("after EnableLPIs was cleared, set with an LPI active",
 		  doorbell(&its[0]), DEV_A, 0, &msis[0].result);
 
-	/* and by the one that handles the LPI. */
+	/* Disabled by the vCPU that handles the LPI */
 	set_before_eoi(guest_lpis_disable_enable);
 	make_pending(doorbell(&its[0]), DEV_A);
 	check_delivered("EnableLPIs cleared, set by the handler", LPI_A0, 0);
@@ -875,7 +888,32 @@ static void test_disable_active(void)
 	destroy_vm();
 }
 
-/* An LPI is unmapped with the last ITE that maps it, on whichever ITS. */
+static void guest_config_enable(void)
+{
+	guest_config_lpi(LPI_A0, LPI_PROP_PRIO | LPI_PROP_ENABLED);
+	its_send_inv(&its[0], DEV_A, 0);
+}
+
+/*
+ * An LPI that is disabled in the configuration table is pending when its
+ * redistributor disables LPIs.
+ */
+static void test_disable_pending(void)
+{
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_config_inv);
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_lpis_disable_enable);
+	run_vcpu(vcpus[1], guest_config_enable);
+	check_delivered("EnableLPIs cleared, set with a disabled LPI pending", 0, 0);
+	check_msi("after EnableLPIs was cleared, set with a disabled LPI pending",
+		  doorbell(&its[0]), DEV_A, 0, &msis[0].result);
+
+	destroy_vm();
+}
+
+/* An LPI is mapped until its last ITE is removed, on either ITS. */
 static void test_shared_lpi(void)
 {
 	const struct result shared = A0, unmapped = UNMAPPED;
@@ -932,7 +970,7 @@ static void check_injected(const char *what, uint64_t hits, uint64_t misses,
 {
 	uint64_t stat;
 
-	/* What goes by the workqueue is counted when it gets there. */
+	/* An MSI that is handed to the workqueue is counted when the work runs. */
 	__wait_for((stat = vm_get_stat(vm, "lpi_translation_misses")) >= misses,
 		   "%s: expected lpi_translation_misses to be %lu, got %lu after %d s",
 		   what, misses, stat, WAIT_LIMIT_SECS);
@@ -945,7 +983,7 @@ static void check_injected(const char *what, uint64_t hits, uint64_t misses,
 	check_vm_stat(what, "lpi_inatomic_fallbacks", fallbacks);
 }
 
-/* The first one raises a mapped event, the second one an unmapped event. */
+/* fds[0] raises a mapped event, fds[1] an unmapped one. */
 static void create_irqfds(int fds[2])
 {
 	struct kvm_irq_routing *routing = kvm_gsi_routing_create();
@@ -959,8 +997,8 @@ static void create_irqfds(int fds[2])
 }
 
 /*
- * The first MSI of an event by irqfd is injected before write() returns, by the
- * atomic path: hence a hit, and nothing that falls back to the workqueue.
+ * The first MSI of an event via irqfd is injected in atomic context, before
+ * write() returns.  It counts as a hit, and there is no fallback to the workqueue.
  */
 static void test_irqfd(void)
 {
@@ -971,23 +1009,23 @@ static void test_irqfd(void)
 
 	check_injected("before any MSI", 0, 0, 0);
 	write_eventfd(fds[0]);
-	check_injected("first MSI by irqfd", 1, 0, 0);
-	check_delivered("first MSI by irqfd", LPI_A0, 0);
+	check_injected("first MSI via irqfd", 1, 0, 0);
+	check_delivered("first MSI via irqfd", LPI_A0, 0);
 
 	write_eventfd(fds[1]);
-	check_injected("unmapped event by irqfd", 1, 1, 1);
-	check_delivered("unmapped event by irqfd", 0, 0);
+	check_injected("unmapped event via irqfd", 1, 1, 1);
+	check_delivered("unmapped event via irqfd", 0, 0);
 
 	run_vcpu(vcpus[1], guest_discard);
 	run_vcpu(vcpus[1], guest_mapti_a0);
 	write_eventfd(fds[0]);
-	check_injected("first MSI by irqfd after DISCARD, MAPTI", 2, 1, 1);
-	check_delivered("first MSI by irqfd after DISCARD, MAPTI", LPI_A0, 0);
+	check_injected("first MSI via irqfd after DISCARD, MAPTI", 2, 1, 1);
+	check_delivered("first MSI via irqfd after DISCARD, MAPTI", LPI_A0, 0);
 
 	host_save_restore();
 	write_eventfd(fds[0]);
-	check_injected("first MSI by irqfd after a restore", 3, 1, 1);
-	check_delivered("first MSI by irqfd after a restore", LPI_A0, 0);
+	check_injected("first MSI via irqfd after a restore", 3, 1, 1);
+	check_delivered("first MSI via irqfd after a restore", LPI_A0, 0);
 
 	run_vcpu(vcpus[1], guest_its_disable);
 	write_eventfd(fds[0]);
@@ -999,7 +1037,7 @@ static void test_irqfd(void)
 	destroy_vm();
 }
 
-/* How often the threads below have raised MSIs */
+/* Number of rounds of MSIs that the threads below have raised */
 static uint64_t nr_raised;
 static bool stop_raising;
 
@@ -1033,7 +1071,7 @@ static void *irqfd_thread(void *arg)
 	return NULL;
 }
 
-/* The thread goes on until all of destroy_vm() is done. */
+/* The thread raises MSIs until destroy_vm() has returned. */
 static void destroy_while_raising(void *(*thread_fn)(void *), int *fds)
 {
 	pthread_t thread;
@@ -1049,7 +1087,7 @@ static void destroy_while_raising(void *(*thread_fn)(void *), int *fds)
 	join_thread(thread, "MSIs");
 }
 
-/* VMs that go away with LPIs pending, and while MSIs are raised. */
+/* Destroy VMs with LPIs pending, and while MSIs are raised. */
 static void test_destroy(void)
 {
 	int fds[2], i;
@@ -1060,14 +1098,14 @@ static void test_destroy(void)
 	run_vcpu(vcpus[1], guest_discard);
 	destroy_vm();
 
-	/* All but the VM itself: guest memory, and the fds of vCPUs and devices */
+	/* Everything except the VM itself, which the duplicate keeps alive */
 	create_vm();
 	fds[0] = dup(vm->fd);
 	TEST_ASSERT(fds[0] >= 0, __KVM_SYSCALL_ERROR("dup()", fds[0]));
 	destroy_while_raising(signal_thread, fds);
 	close(fds[0]);
 
-	/* The VM as well: eventfds hold no reference to it, and outlive it. */
+	/* The VM as well: eventfds hold no reference to it. */
 	create_vm();
 	create_irqfds(fds);
 	destroy_while_raising(irqfd_thread, fds);
@@ -1078,14 +1116,14 @@ static void test_destroy(void)
 }
 
 /*
- * Devices and LPIs that are far from all others, and from each other, to need
- * new nodes in the xarrays, which have 64 slots at most.
+ * Devices and LPIs with IDs that are far apart, so that each of them needs new
+ * nodes in the xarrays.  A node has up to 64 slots.
  */
 #define FAR_DEVICE(i)	(0x4000 + 64 * (i))
 #define FAR_LPI(i)	(LPI_BASE + 0x4000 + 64 * (i))
 #define NR_FAR		256
 
-/* Shared with the guest: which of them */
+/* Shared with the guest: index of the device and of the LPI to map */
 static uint32_t far;
 
 static void guest_mapd_far(void)
@@ -1119,7 +1157,7 @@ static void guest_touch_cmdq(void)
 {
 	int i;
 
-	/* Have all of the queue mapped at stage 2. */
+	/* Make KVM map the whole queue at stage 2. */
 	for (i = 0; i < ITS_CMDQ_SIZE / 32; i++)
 		its_send_sync(&its[0], 0);
 }
@@ -1137,8 +1175,8 @@ static bool write_file(const char *path, const char *text)
 #define FAILSLAB	"/sys/kernel/debug/failslab/"
 
 /*
- * Each memory allocation of a MAPTI fails in turn.  Either the event is mapped
- * then, or nothing is left of it.
+ * Fail each memory allocation of a MAPTI in turn.  Afterwards the event is either
+ * mapped, or nothing is left of it.
  */
 static void test_mapti_nomem(void)
 {
@@ -1189,12 +1227,12 @@ static void test_mapti_nomem(void)
 			check_vm_stat("DISCARD", "lpis", ARRAY_SIZE(msis));
 		}
 
-		/* Still counting: there were fewer allocations than that. */
+		/* fail-nth is not 0: MAPTI made fewer allocations than that. */
 		if (atoi(buf))
 			break;
 	}
 
-	/* The ITE and the LPI: for a node, xarrays try a second time. */
+	/* Those of the ITE and the LPI.  xarrays retry to allocate a node. */
 	TEST_ASSERT(nr_failed >= 2, "Expected at least 2 MAPTIs to fail, got %d",
 		    nr_failed);
 	pr_info("MAPTI without memory: failed in %d of %d ways\n", nr_failed,
@@ -1207,9 +1245,10 @@ static void test_mapti_nomem(void)
 }
 
 /*
- * Memory runs out after more and more of what MAPD and MAPTI take.  (Leaks cannot
- * be seen here: where kmemleak gets no memory to note an allocation down, it uses
- * a static pool, and takes what is written there for references.)
+ * Fail all memory allocations of a MAPD and a MAPTI after the first n bytes, and
+ * increase n until both succeed.  This cannot show leaks: without memory for its
+ * own records, kmemleak uses a static pool and treats what it writes there as
+ * references.
  */
 static void test_map_out_of_memory(void)
 {
@@ -1232,7 +1271,7 @@ static void test_map_out_of_memory(void)
 
 	create_vm();
 	run_vcpu(vcpus[1], guest_touch_cmdq);
-	/* No page fault is to want memory. */
+	/* Avoid page faults, which need memory. */
 	TEST_ASSERT(!mlockall(MCL_CURRENT | MCL_FUTURE),
 		    "mlockall() failed, errno: %d", errno);
 
@@ -1267,7 +1306,7 @@ static void test_map_out_of_memory(void)
 	check_msi("enough memory", doorbell(&its[0]), FAR_DEVICE(i), 0, &mapped);
 	pr_info("Out of memory: MAPD and MAPTI take %d bytes at most\n", i * 64);
 
-	/* What could not be mapped can be, when there is memory. */
+	/* An event that could not be mapped can be mapped when there is memory. */
 	set_far(0);
 	run_vcpu(vcpus[1], guest_map_far);
 	mapped.intid = FAR_LPI(0);
@@ -1284,7 +1323,7 @@ static void test_map_out_of_memory(void)
 	close(fd);
 }
 
-/* More than fit into the highest limit, in bytes */
+/* More events than fit into the highest limit, and the limits in bytes */
 #define NR_MANY		256
 #define LIMIT_FIRST	(160 * 1024)
 #define LIMIT_LAST	(216 * 1024)
@@ -1301,8 +1340,8 @@ static void guest_map_many(void)
 }
 
 /*
- * Map events in a cgroup, @dir being the root of its hierarchy, until its limit
- * is reached.
+ * Map events in a cgroup until its memory limit is reached.  @dir is the root of
+ * the cgroup's hierarchy.
  */
 static void test_memcg_limit(const char *dir, int limit)
 {
@@ -1325,7 +1364,7 @@ static void test_memcg_limit(const char *dir, int limit)
 	snprintf(path, sizeof(path), "%s/memory.limit_in_bytes", group);
 	snprintf(text, sizeof(text), "%d", limit);
 	TEST_ASSERT(write_file(path, text), "Failed to write %s", path);
-	/* To lift the limit with, when there is no memory to open files. */
+	/* Open it in advance: at the limit, there is no memory to open files. */
 	limit_fd = open(path, O_WRONLY);
 	snprintf(path, sizeof(path), "%s/tasks", group);
 	snprintf(text, sizeof(text), "%d", getpid());
@@ -1352,7 +1391,7 @@ static void test_memcg_limit(const char *dir, int limit)
 	pr_info("Memory limit of %d KiB: mapped %lu of %d events\n", limit / 1024,
 		lpis - ARRAY_SIZE(msis), NR_MANY);
 
-	/* Those that were mapped work, the others do not, and all can go. */
+	/* Mapped events work, the others do not, and all can be unmapped. */
 	check_msi("beyond the memory limit", doorbell(&its[0]), DEV_A, 0,
 		  &msis[0].result);
 	ret = signal_msi(doorbell(&its[0]), 0x1000, 0);
@@ -1364,17 +1403,17 @@ static void test_memcg_limit(const char *dir, int limit)
 	host_reset();
 	check_vm_stat("reset", "lpis", 0);
 	run_vcpu(vcpus[0], guest_map);
-	check_vm_stat("mapped anew", "lpis", ARRAY_SIZE(msis));
+	check_vm_stat("mapped again", "lpis", ARRAY_SIZE(msis));
 	destroy_vm();
 
 	TEST_ASSERT(!rmdir(group), "Failed to remove %s, errno: %d", group, errno);
 }
 
 /*
- * Memory for what the guest maps is charged to its cgroup.  Use a hierarchy of
- * cgroup v1, where charges can be made to fail instead of killing the process.
- * What is left of a last event depends on which of its allocations failed, so
- * try several limits.
+ * The memory for devices, events and LPIs is charged to the cgroup of the task
+ * that runs the vCPU.  Use cgroup v1, where a charge beyond the limit can be made
+ * to fail instead of killing the task.  The limit decides which allocation of the
+ * last event fails, so try several limits.
  */
 static void test_memcg(void)
 {
@@ -1419,6 +1458,7 @@ int main(int argc, char *argv[])
 	test_remap_pending();
 	test_unmap_active();
 	test_disable_active();
+	test_disable_pending();
 	test_shared_lpi();
 	test_restore_pending();
 	test_irqfd();

@@ -1,24 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
 /*
- * vgic_lpi_stress - inject LPIs by KVM_SIGNAL_MSI or irqfd, and count them
+ * vgic_lpi_stress - inject LPIs via KVM_SIGNAL_MSI or irqfd, and count them
  *
- * Each device has a number of events.  Each event has an LPI of its own, and the
- * LPIs go round the vCPUs.  One thread for each device raises all events of the
- * device, again and again, and waits after each round until all of its LPIs
- * have been delivered, which the guest counts by LPI and by vCPU.  At the end,
- * no LPI may have been lost, and each must have gone to its own vCPU.
+ * Each device has a number of events.  Each event has its own LPI, and the LPIs
+ * are distributed over the vCPUs in turn.  One thread for each device raises all
+ * events of the device repeatedly.  After each round, it waits until all of the
+ * device's LPIs have been delivered.  The guest counts LPIs by INTID and by vCPU.
+ * At the end, no LPI may be lost, and each must have arrived at its own vCPU.
  *
- * With -p, vCPUs do not run while events are raised.  That gives the cost of
- * injection alone, and leaves LPIs pending for the destruction of the VM.  One
- * thread raises the events of all devices then, or, with -m, one for each device.
+ * With -p, the vCPUs do not run while events are raised.  This measures the cost
+ * of injection alone, and leaves LPIs pending when the VM is destroyed.  A single
+ * thread raises the events of all devices, or, with -m, one thread for each device.
  *
- * With -t, nothing is raised, and the time that commands take is reported.
+ * With -t, no events are raised.  The time that commands take is reported instead.
  *
- * With -c, one more vCPU maps, moves and unmaps events of a device of its own
- * all the while, with DISCARD, MAPTI, MOVI, MAPD, INVALL and the like, while a
- * thread raises them and another one reads the state of the vgic in debugfs.
- * Nothing is known about where these LPIs arrive, but the ones that are counted
- * must not be affected.
+ * With -c, one more vCPU maps, moves and unmaps events of its own device during
+ * the test, with DISCARD, MAPTI, MOVI, MAPD, INVALL and other commands.  A thread
+ * raises these events, and another one reads the state of the vgic in debugfs.
+ * The test does not check where these LPIs arrive, but they must not affect the
+ * LPIs that are counted.
  */
 
 #define _GNU_SOURCE
@@ -38,12 +38,12 @@
 
 #define GICD_BASE_GPA	0x8000000ULL
 #define GICR_BASE_GPA	0x80a0000ULL
-/* Behind the redistributors of all vCPUs */
+/* Above the redistributors of all vCPUs */
 #define ITS_BASE_GPA	0xa000000ULL
 #define TABLES_GPA	SZ_4G
 
 #define MAX_VCPUS	64
-/* LPIs have 16 bits here, and the churned ones need a few. */
+/* INTIDs have 16 bits here, and the LPIs of -c need some of them. */
 #define MAX_LPIS	32768
 #define CHURN_LPI	(LPI_BASE + MAX_LPIS)
 #define CHURN_EVENTS	16
@@ -144,7 +144,7 @@ static void guest_churn(void)
 	its_send_invall(&its, round % nr_vcpus);
 	its_send_clear(&its, CHURN_DEVICE, round % CHURN_EVENTS);
 	its_send_int(&its, CHURN_DEVICE, round % CHURN_EVENTS);
-	/* The last vCPU is the target of nothing that is counted. */
+	/* The last vCPU is not the target of any LPI that is counted. */
 	its_send_mapc(&its, last, last, false);
 	its_send_mapc(&its, last, last, true);
 	its_send_movall(&its, last, 0);
@@ -176,7 +176,7 @@ static void guest_code(void)
 		if (cpu == nr_vcpus)
 			guest_churn();
 		else
-			/* Masked, or the LPI to wake up for may be taken before. */
+			/* With IRQs masked, an LPI cannot be taken before the wfi. */
 			asm volatile("wfi" : : : "memory");
 		local_irq_enable();
 		isb();
@@ -185,7 +185,7 @@ static void guest_code(void)
 	GUEST_DONE();
 }
 
-/* One command for each event, for the host to take the time of. */
+/* One command for each event, timed by the host */
 static void guest_movi_all(void)
 {
 	uint32_t device, event;
@@ -275,7 +275,7 @@ static void raise_event(uint32_t device, uint32_t event)
 	TEST_ASSERT(ret == sizeof(one), __KVM_SYSCALL_ERROR("write()", (int)ret));
 }
 
-/* Raise all events of a device, and wait until the guest, if it runs, has taken them. */
+/* Raise all events of a device.  If the guest runs, wait until it has taken them. */
 static void raise_device(uint32_t device, uint32_t iteration)
 {
 	uint32_t event;
@@ -295,13 +295,13 @@ static void *device_thread(void *arg)
 	uint32_t i;
 
 	pthread_barrier_wait(&barrier);
-	/* Iteration 0 was the first injection. */
+	/* Iteration 0 is the first injection, in run(). */
 	for (i = 1; i <= nr_iterations; i++)
 		raise_device((uintptr_t)arg, i);
 	return NULL;
 }
 
-/* Nanoseconds until each device's thread, all started at once, is done. */
+/* Start all threads at once, and return the nanoseconds until all are done. */
 static uint64_t time_device_threads(void)
 {
 	pthread_t *threads = calloc(nr_devices, sizeof(*threads));
@@ -314,7 +314,7 @@ static uint64_t time_device_threads(void)
 		threads[i] = start_thread(device_thread, (void *)(uintptr_t)i);
 	pthread_barrier_wait(&barrier);
 	start = now_ns();
-	/* What they wait for has a limit, all of it together has none. */
+	/* No time limit here: each wait in the threads has its own. */
 	for (i = 0; i < nr_devices; i++)
 		pthread_join(threads[i], NULL);
 	elapsed = now_ns() - start;
@@ -337,7 +337,7 @@ static void report(uint64_t elapsed, uint64_t first)
 	pr_info("perf: first-lpi ns %lu\n", first / nr);
 }
 
-/* Accepted or refused, depending on what the guest has just mapped. */
+/* KVM accepts or refuses these MSIs, depending on what the guest has mapped. */
 static void *churn_msi_thread(void *arg)
 {
 	uint32_t i;
@@ -355,7 +355,7 @@ static void *churn_msi_thread(void *arg)
 	return NULL;
 }
 
-/* Read all of the state, at least once if debugfs is there. */
+/* Read the vgic's state repeatedly, at least once if debugfs is mounted. */
 static void *debugfs_thread(void *arg)
 {
 	char path[128], buf[4096];
@@ -417,7 +417,7 @@ static void create_vm(void)
 
 	if (use_irqfd) {
 		struct kvm_irq_routing *routing = kvm_gsi_routing_create();
-		/* Room for files other than the eventfds */
+		/* 256 for files other than the eventfds */
 		rlim_t nr_fds = nr_devices * nr_events + 256;
 		struct rlimit rlimit = { nr_fds, nr_fds };
 
@@ -451,13 +451,13 @@ static uint64_t time_guest(void (*command)(void))
 	return now_ns() - start;
 }
 
-/* Subtract what SYNC takes, which KVM ignores, from what MOVI and DISCARD do. */
+/* Report the time of MOVI and DISCARD minus that of SYNC, which KVM ignores. */
 static void report_commands(void)
 {
 	uint32_t nr = nr_devices * nr_events;
 	uint64_t sync, movi, discard;
 
-	/* Once for nothing, to have the queue mapped at stage 2 */
+	/* The first round is not timed: it maps the queue at stage 2. */
 	time_guest(guest_sync_all);
 	sync = time_guest(guest_sync_all);
 	movi = time_guest(guest_movi_all);
@@ -486,9 +486,9 @@ static void run_only_inject(void)
 
 	first = raise_all();
 	/*
-	 * What an irqfd cannot inject it leaves to a worker, which may not get
-	 * to it while this thread is busy.  Begin with injected LPIs, so that a
-	 * kernel which learns from that has learnt it.
+	 * An irqfd hands an MSI that it cannot inject to a worker, which may not
+	 * run while this thread is busy.  Inject each LPI once by KVM_SIGNAL_MSI,
+	 * so that a kernel that caches translations on first use has cached them.
 	 */
 	for (i = 0; i < nr_devices * nr_events; i++)
 		signal_msi(i / nr_events, i % nr_events);
@@ -520,7 +520,7 @@ static void run(void)
 
 	elapsed = time_device_threads();
 
-	/* The churning vCPU looks at the stage, the others wait for an LPI. */
+	/* The vCPU of -c polls the stage.  The others wait for an LPI, see below. */
 	set_stage(STAGE_STOP);
 	if (churn) {
 		join_thread(vcpu_threads[nr_vcpus], "churning vCPU");
@@ -543,7 +543,7 @@ static void run(void)
 		uint64_t lpis = (nr - i + nr_vcpus - 1) / nr_vcpus;
 		uint64_t expected = lpis * (nr_iterations + 1ULL);
 
-		/* The LPI that ends the test may or may not be taken. */
+		/* The LPI that ends the test may or may not be delivered. */
 		TEST_ASSERT(vcpu_count[i] == expected ||
 			    vcpu_count[i] == expected + 1,
 			    "vCPU %u: expected %lu LPIs, got %lu", i, expected,
@@ -570,11 +570,11 @@ static void help(const char *name)
 	pr_info("\t-d: devices, with a thread each (default: 1)\n");
 	pr_info("\t-e: events of each device (default: 16)\n");
 	pr_info("\t-i: times that each event is raised (default: 1000)\n");
-	pr_info("\t-f: raise events by irqfd, not by KVM_SIGNAL_MSI\n");
-	pr_info("\t-p: measure injection alone, with vCPUs that do not run\n");
-	pr_info("\t-m: with -p, raise the events of each device from a thread of its own\n");
-	pr_info("\t-c: churn: send ITS commands all the while, from one more vCPU\n");
-	pr_info("\t-t: only report what MOVI and DISCARD take with all events mapped\n");
+	pr_info("\t-f: raise events via irqfd instead of KVM_SIGNAL_MSI\n");
+	pr_info("\t-p: measure injection alone, vCPUs do not run\n");
+	pr_info("\t-m: with -p, use one thread for each device\n");
+	pr_info("\t-c: churn: send ITS commands during the test, from one more vCPU\n");
+	pr_info("\t-t: only report the time of MOVI and DISCARD with all events mapped\n");
 }
 
 int main(int argc, char *argv[])
@@ -628,7 +628,7 @@ int main(int argc, char *argv[])
 		    nr_devices * nr_events >= nr_vcpus,
 		    "Between %u (one for each vCPU) and %d LPIs", nr_vcpus, MAX_LPIS);
 	TEST_ASSERT(!use_irqfd || nr_devices * nr_events <= KVM_MAX_IRQ_ROUTES,
-		    "At most %d LPIs by irqfd", KVM_MAX_IRQ_ROUTES);
+		    "At most %d LPIs via irqfd", KVM_MAX_IRQ_ROUTES);
 
 	create_vm();
 	if (time_commands)

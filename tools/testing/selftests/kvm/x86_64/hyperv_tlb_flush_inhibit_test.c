@@ -2,23 +2,24 @@
 /*
  * Hyper-V TlbFlushInhibit
  *
- * A flush hypercall that targets an inhibited VP blocks its caller until the
- * VP's owners let go, without effect until then:
+ * A flush hypercall that targets an inhibited VP blocks its caller, without any
+ * effect, until the VP has no owner.  This tests
  *
  * - the ioctls and each of their errors;
  * - each form of the hypercall, with VP indices that differ from the vCPU
- *   indices; who is not affected: other targets, the VP itself, malformed calls;
- * - several owners, inhibitors and flushers; vCPUs that block each other;
- * - the ways out: release, signal, interrupt, NMI, SMI, INIT, other registers,
- *   save and restore, the end of the process; what is not one: a masked
- *   interrupt, a kick of HLT;
- * - flush hypercalls of L2 are L1's business;
- * - a blocked vCPU uses no CPU time, and its release does not wait for the
- *   page-in of another vCPU;
- * - releases race with flushes, and walks of page tables with flushes.
+ *   indices, and the hypercalls that do not block: those with other targets,
+ *   those that only flush the caller, and malformed ones;
+ * - several owners, inhibited VPs and flushers; vCPUs that block each other;
+ * - each way out of the blocked state: release, signal, interrupt, NMI, SMI,
+ *   INIT, changed registers, save and restore, the end of the process; and that
+ *   a masked interrupt or a kick, which ends HLT, does not unblock the vCPU;
+ * - flush hypercalls of L2, which cause exits to L1;
+ * - that a blocked vCPU uses no CPU time, and that a release does not wait for
+ *   the page-in of another vCPU;
+ * - races of releases with flushes, and of page table walks with flushes.
  *
- * Nothing here sleeps for a time: the test waits for statistics, and a blocked
- * vCPU is one whose hv_tlb_flush_blocks has changed.
+ * The test does not sleep, it waits until statistics change.  A vCPU is blocked
+ * when its hv_tlb_flush_blocks has increased.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <getopt.h>
@@ -39,7 +40,7 @@
 #define NR_VCPUS	4
 #define NR_FLUSHERS	2
 
-/* The vCPUs: two that flush, two that are flushed. */
+/* vCPUs 0 and 1 flush, these two are flushed. */
 #define TARGET		2
 #define OTHER		3
 
@@ -56,7 +57,7 @@
 
 #define SIPI_GPA	(SIPI_VECTOR << 12)
 
-/* SMRAM is in an address space of its own. */
+/* SMRAM has its own address space. */
 #define SMRAM_GPA	0x1000000
 #define SMRAM_PAGES	16
 #define SMRAM_SLOT	(BIT(16) | 2)
@@ -65,14 +66,14 @@ static uint64_t toggles = 2000;
 static uint64_t walks = 200;
 static uint64_t latency_rounds = 20;
 
-/* VP index of each vCPU: equal to the vCPU index, and not. */
+/* VP indices of the vCPUs: equal to the vCPU indices, and different. */
 static const uint32_t vp_maps[][NR_VCPUS] = {
 	{ 0, 1, 2, 3 },
 	{ 3, 0, 1, 2 },
 	{ 700, 0, 65, 2 },
 };
 
-/* Guest side of one flushing vCPU. */
+/* What a flushing vCPU shares with the host. */
 struct guest_ctx {
 	struct hyperv_hcall_pages *pages;
 	struct hyperv_tlb_flush flush;
@@ -82,7 +83,7 @@ struct guest_ctx {
 	bool stop;
 };
 
-/* For handlers and L2: no test has more than one vCPU with either. */
+/* For handlers and L2, which no test has on more than one vCPU. */
 static struct guest_ctx *event_ctx;
 
 static void guest_irq_handler(struct ex_regs *regs)
@@ -96,7 +97,7 @@ static void guest_nmi_handler(struct ex_regs *regs)
 	WRITE_ONCE(event_ctx->nmis, event_ctx->nmis + 1);
 }
 
-/* Make a flush for each run of the vCPU. */
+/* Flush once each time that the vCPU is run. */
 static void guest_flusher(struct guest_ctx *ctx)
 {
 	hyperv_enable_hypercalls(ctx->pages);
@@ -106,7 +107,7 @@ static void guest_flusher(struct guest_ctx *ctx)
 		GUEST_SYNC(hyperv_flush_tlb(ctx->pages, &ctx->flush));
 }
 
-/* As before, with interrupts enabled. */
+/* The same, with interrupts enabled. */
 static void guest_irq_flusher(struct guest_ctx *ctx)
 {
 	x2apic_enable();
@@ -114,7 +115,7 @@ static void guest_irq_flusher(struct guest_ctx *ctx)
 	guest_flusher(ctx);
 }
 
-/* As before, except that interrupts are enabled after the first flush. */
+/* Flush once with interrupts disabled, then enable them. */
 static void guest_masked_irq_flusher(struct guest_ctx *ctx)
 {
 	uint64_t status, irqs;
@@ -132,7 +133,7 @@ static void guest_masked_irq_flusher(struct guest_ctx *ctx)
 	GUEST_SYNC(status);
 }
 
-/* The hypercall is the instruction after STI. */
+/* Flush with the hypercall directly after STI. */
 static void guest_sti_flusher(struct guest_ctx *ctx)
 {
 	struct hyperv_hcall_pages stub = *ctx->pages;
@@ -141,7 +142,7 @@ static void guest_sti_flusher(struct guest_ctx *ctx)
 	x2apic_enable();
 	hyperv_enable_hypercalls(ctx->pages);
 
-	/* Behind KVM's code, which is the instruction and RET. */
+	/* After KVM's code, which is the hypercall instruction and RET. */
 	insn = (uint8_t *)stub.hcall + 64;
 	insn[0] = 0xfb;
 	memcpy(insn + 1, (void *)stub.hcall, 4);
@@ -183,7 +184,7 @@ static void guest_toucher(uint64_t *page)
 	GUEST_SYNC(READ_ONCE(*page));
 }
 
-/* A vCPU that is being run by a thread, until it exits. */
+/* A thread that runs a vCPU until it exits. */
 struct runner {
 	struct kvm_vcpu *vcpu;
 	pthread_t thread;
@@ -252,7 +253,7 @@ static void runner_join(struct runner *r)
 	limit.tv_sec += WAIT_LIMIT_SECS;
 	err = pthread_timedjoin_np(r->thread, NULL, &limit);
 	TEST_ASSERT(!err,
-		    "vCPU %u has not come back after %d s (error %d), it was blocked %lu times",
+		    "vCPU %u is still in KVM_RUN after %d s (error %d), it was blocked %lu times",
 		    r->vcpu->id, WAIT_LIMIT_SECS, err,
 		    vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - r->blocks);
 }
@@ -350,7 +351,7 @@ static void test_vm_init(struct test_vm *t, void *guest_code)
 
 		event_ctx = (void *)gva;
 	}
-	/* The last flusher is the one that gets events. */
+	/* Events are sent to the last flusher. */
 	sync_global_to_guest(t->vm, event_ctx);
 
 	for (i = 0; i < NR_VCPUS; i++)
@@ -429,21 +430,21 @@ static void start(struct test_vm *t, int flusher)
 	runner_start(&t->runners[flusher], t->vcpus[flusher]);
 }
 
-/* Start a flush that has to block. */
+/* Start a flush, which must block. */
 static void start_blocked(struct test_vm *t, int flusher)
 {
 	start(t, flusher);
 	runner_wait_blocked(&t->runners[flusher], 1);
 }
 
-/* The flush completes, after having been blocked @blocks times. */
+/* Wait for the end of a flush, which must have been blocked @blocks times. */
 static void finish(struct test_vm *t, int flusher, uint64_t blocks)
 {
 	runner_join_sync(&t->runners[flusher], success(t, flusher));
 	runner_check_blocks(&t->runners[flusher], blocks);
 }
 
-/* The flush completes at once, with @status. */
+/* Flush without being blocked, the result must be @status. */
 static void flush_at_once(struct test_vm *t, int flusher, uint64_t status)
 {
 	start(t, flusher);
@@ -451,7 +452,7 @@ static void flush_at_once(struct test_vm *t, int flusher, uint64_t status)
 	runner_check_blocks(&t->runners[flusher], 0);
 }
 
-/* Have a vCPU call a function, in the place of what it was about to do. */
+/* Let a vCPU call a function instead of what it was about to execute. */
 static void set_call(struct kvm_vcpu *vcpu, void *function, uint64_t arg)
 {
 	struct kvm_regs regs;
@@ -459,12 +460,12 @@ static void set_call(struct kvm_vcpu *vcpu, void *function, uint64_t arg)
 	vcpu_regs_get(vcpu, &regs);
 	regs.rip = (uint64_t)function;
 	regs.rdi = arg;
-	/* As if a return address had been pushed to an aligned stack. */
+	/* As after a call, with a return address on an aligned stack. */
 	regs.rsp = (regs.rsp & ~0xfULL) - 8;
 	vcpu_regs_set(vcpu, &regs);
 }
 
-static void interrupt(struct runner *r)
+static void stop_by_signal(struct runner *r)
 {
 	pthread_kill(r->thread, SIGUSR1);
 	runner_join(r);
@@ -518,7 +519,7 @@ static void test_abi(void)
 	hold(&t, TARGET, OWNER2);
 	check_owners(&t, TARGET, OWNER2);
 
-	/* Its VP index is its vCPU index, 4. */
+	/* Without a Hyper-V context, its VP index is its vCPU index, 4. */
 	no_hyperv = vm_vcpu_add(t.vm, NR_VCPUS, guest_target);
 
 	ok = (struct kvm_hyperv_tlb_flush_inhibit) {
@@ -570,7 +571,7 @@ static void test_abi(void)
 		    "GET of NULL: returned %d errno %d, expected -1 errno %d",
 		    r, errno, EFAULT);
 
-	/* What GET returned can be SET, and owners are independent. */
+	/* SET accepts what GET has returned, and owners are independent. */
 	hold(&t, TARGET, OWNER);
 	check_owners(&t, TARGET, OWNER | OWNER2);
 	ok.vp_index = t.vp_index[TARGET];
@@ -582,7 +583,7 @@ static void test_abi(void)
 	release(&t, TARGET, OWNER2);
 	check_owners(&t, TARGET, OWNER);
 
-	/* To release what one does not hold is not an error. */
+	/* Removing an owner that is not set is not an error. */
 	release(&t, TARGET, OWNER2);
 	release(&t, OTHER, OWNER);
 	check_owners(&t, TARGET, OWNER);
@@ -591,13 +592,16 @@ static void test_abi(void)
 	kvm_vm_free(t.vm);
 }
 
-/* Block on @inhibited, nobody is flushed before it is released. */
+/*
+ * A flush blocks until @inhibited is released, and flushes no vCPU until then.
+ * After that it flushes the vCPUs in @flushed.
+ */
 static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 {
 	uint64_t before[NR_VCPUS], after;
 	int i;
 
-	/* Have all memory mapped that this touches, mapping it may flush. */
+	/* Let KVM map all memory that is used below, because that may flush. */
 	flush_at_once(t, 0, success(t, 0));
 	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
 		vcpu_run_to_sync(t->vcpus[i]);
@@ -643,7 +647,7 @@ static void test_forms(const uint32_t *vp_index)
 		for (fast = 0; fast < 2; fast++) {
 			uint16_t code = hyperv_flush_codes[i];
 
-			/* A target, beside another, beside the caller. */
+			/* One target; two targets; a target and the caller. */
 			if (hyperv_flush_is_ex(code) || vp_index[TARGET] < 64) {
 				set_flush(&t, 0, code, fast, BIT(TARGET));
 				check_blocks(&t, TARGET, BIT(TARGET));
@@ -657,7 +661,7 @@ static void test_forms(const uint32_t *vp_index)
 				check_blocks(&t, OTHER, BIT(OTHER));
 			}
 
-			/* All: the caller's own owners do not count. */
+			/* All VPs; the caller's own owners are ignored. */
 			set_flush(&t, 0, code, fast, hyperv_flush_is_ex(code) ? 0 : BIT(OTHER));
 			flush->flags = HV_FLUSH_ALL_PROCESSORS;
 			flush->format = HV_GENERIC_SET_ALL;
@@ -666,19 +670,19 @@ static void test_forms(const uint32_t *vp_index)
 			check_blocks(&t, TARGET, all);
 			flush_at_once(&t, 0, success(&t, 0));
 
-			/* The caller alone. */
+			/* Only the caller. */
 			if (hyperv_flush_is_ex(code) || vp_index[0] < 64) {
 				set_flush(&t, 0, code, fast, BIT(0));
 				flush_at_once(&t, 0, success(&t, 0));
 			}
 			release(&t, 0, OWNER);
 
-			/* Another target. */
+			/* A target that is not inhibited. */
 			hold(&t, TARGET, OWNER);
 			set_flush(&t, 0, code, fast, BIT(OTHER));
 			flush_at_once(&t, 0, success(&t, 0));
 
-			/* The VP whose index is the target's vCPU index. */
+			/* Inhibit the VP whose index is TARGET's vCPU index. */
 			if (vp_index[OTHER] == TARGET) {
 				hold(&t, OTHER, OWNER);
 				release(&t, TARGET, OWNER);
@@ -688,7 +692,7 @@ static void test_forms(const uint32_t *vp_index)
 				hold(&t, TARGET, OWNER);
 			}
 
-			/* Nobody: no bank, or a bank of no VP. */
+			/* No target: no bank, or a bank without VPs. */
 			if (hyperv_flush_is_ex(code)) {
 				set_flush(&t, 0, code, fast, 0);
 				flush_at_once(&t, 0, success(&t, 0));
@@ -771,7 +775,7 @@ static void test_several(void)
 	finish(&t, 0, 1);
 	finish(&t, 1, 1);
 
-	/* Two inhibited VPs, the flushers wait for one and for both. */
+	/* Two inhibited VPs: one flusher waits for one, the other for both. */
 	hold(&t, TARGET, OWNER);
 	hold(&t, OTHER, OWNER);
 	start_blocked(&t, 0);
@@ -792,26 +796,26 @@ static void test_several(void)
 	release(&t, TARGET, OWNER2);
 	finish(&t, 0, 2);
 
-	/* The first owner hands over to the second. */
+	/* Replace the first owner with the second in one step. */
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 0);
 	set_inhibit(&t, TARGET, OWNER2, -1u);
 	runner_wait_blocked(&t.runners[0], 2);
 
-	/* Neither another hold nor the release of nothing is a release. */
+	/* Adding owners and removing owners that are not set wakes nobody. */
 	hold(&t, OTHER, OWNER);
 	hold(&t, TARGET, OWNER2);
 	release(&t, TARGET, OWNER);
 	runner_wait_asleep(&t.runners[0]);
 	runner_check_blocks(&t.runners[0], 2);
 
-	/* That of somebody else's VP is, the flusher finds it still has to wait. */
+	/* A release of another VP wakes the flusher, which blocks again. */
 	release(&t, OTHER, OWNER);
 	runner_wait_blocked(&t.runners[0], 3);
 	release(&t, TARGET, OWNER2);
 	finish(&t, 0, 3);
 
-	/* Each flushes the other, both are inhibited. */
+	/* Two inhibited VPs flush each other. */
 	set_plain_flush(&t, 0, BIT(1));
 	set_plain_flush(&t, 1, BIT(0));
 	hold(&t, 0, OWNER);
@@ -820,7 +824,7 @@ static void test_several(void)
 	start_blocked(&t, 1);
 	release(&t, 0, OWNER);
 	finish(&t, 1, 1);
-	/* The other one might not have had to look in between. */
+	/* vCPU 0 may have been blocked once or twice. */
 	release(&t, 1, OWNER);
 	runner_join_sync(&t.runners[0], success(&t, 0));
 
@@ -834,7 +838,7 @@ static void check_hypercall_regs(struct test_vm *t, int flusher,
 
 	pages = addr_gva2hva(t->vm, (vm_vaddr_t)t->ctx[flusher]->pages);
 	TEST_ASSERT(regs->rip == pages->hcall && regs->rax == pages->hcall,
-		    "RIP %#llx RAX %#llx, expected both to be that of the hypercall, %#lx",
+		    "RIP %#llx RAX %#llx, expected both to be the address of the hypercall, %#lx",
 		    regs->rip, regs->rax, pages->hcall);
 }
 
@@ -853,7 +857,7 @@ static void test_signal(void)
 	ns = vcpu_get_stat(t.vcpus[0], "hv_tlb_flush_blocked_ns");
 	hypercalls = vcpu_get_stat(t.vcpus[0], "hypercalls");
 	start_blocked(&t, 0);
-	interrupt(&t.runners[0]);
+	stop_by_signal(&t.runners[0]);
 
 	TEST_ASSERT(vcpu_get_stat(t.vcpus[0], "hv_tlb_flush_blocked_ns") > ns,
 		    "hv_tlb_flush_blocked_ns is still %lu", ns);
@@ -864,7 +868,7 @@ static void test_signal(void)
 		    "MP state %u, expected %u", mp_state.mp_state,
 		    KVM_MP_STATE_RUNNABLE);
 
-	/* immediate_exit does not get as far as the hypercall. */
+	/* With immediate_exit, KVM_RUN returns before the hypercall. */
 	t.vcpus[0]->run->immediate_exit = 1;
 	r = __vcpu_run(t.vcpus[0]);
 	TEST_ASSERT(r == -1 && errno == EINTR,
@@ -873,9 +877,9 @@ static void test_signal(void)
 	t.vcpus[0]->run->immediate_exit = 0;
 	runner_check_blocks(&t.runners[0], 1);
 
-	/* It is executed again, and blocks again. */
+	/* The hypercall is executed again, and blocks again. */
 	start_blocked(&t, 0);
-	interrupt(&t.runners[0]);
+	stop_by_signal(&t.runners[0]);
 	vcpu_regs_get(t.vcpus[0], &again);
 	TEST_ASSERT(!memcmp(&regs, &again, sizeof(regs)),
 		    "Registers changed, RIP %#llx -> %#llx RAX %#llx -> %#llx",
@@ -891,18 +895,18 @@ static void test_signal(void)
 	TEST_ASSERT(ns == hypercalls + 1, "hypercalls is %lu, expected %lu",
 		    ns, hypercalls + 1);
 
-	/* Released while the vCPU was not in KVM_RUN. */
+	/* Release the VP while the flusher is not in KVM_RUN. */
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 0);
-	interrupt(&t.runners[0]);
+	stop_by_signal(&t.runners[0]);
 	release(&t, TARGET, OWNER);
 	start(&t, 0);
 	finish(&t, 0, 0);
 
-	/* Userspace has other plans for the vCPU. */
+	/* Userspace changes RIP, so the hypercall is not executed again. */
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 0);
-	interrupt(&t.runners[0]);
+	stop_by_signal(&t.runners[0]);
 	set_call(t.vcpus[0], guest_elsewhere, 0);
 	start(&t, 0);
 	runner_join_sync(&t.runners[0], ELSEWHERE);
@@ -922,9 +926,9 @@ static void wait_count(uint64_t *count, uint64_t expected,
 
 /*
  * A blocked vCPU uses no CPU time while another vCPU does something that takes
- * a while.  KVM may wake it in passing, which is no exit and does not happen all
- * the time: mostly to update the guest's clock, some time after another vCPU
- * has moved to another CPU.
+ * a while.  KVM may wake it for other reasons, which causes no exit and is rare:
+ * mostly to update the guest's clock, some time after another vCPU has moved to
+ * another CPU.  Therefore repeat the measurement until no CPU time is used.
  */
 static void check_no_cpu_time(struct test_vm *t, int flusher)
 {
@@ -945,7 +949,7 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 		ns = runner_cpu_ns(r) - ns;
 
 		TEST_ASSERT((now_ns() - start) / NSEC_PER_SEC < WAIT_LIMIT_SECS,
-			    "Blocked vCPU %u still uses CPU time after %d s, %lu ns of late",
+			    "Blocked vCPU %u still uses CPU time after %d s, %lu ns in the last round",
 			    r->vcpu->id, WAIT_LIMIT_SECS, ns);
 	} while (ns);
 
@@ -957,7 +961,7 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 		    r->vcpu->id, exits, blocks);
 }
 
-/* vCPU 1 takes its NMI and is blocked again, until the release. */
+/* vCPU 1 handles its NMI and is blocked again, until the release. */
 static void end_after_nmi(struct test_vm *t)
 {
 	wait_count(&t->ctx[1]->nmis, 1, "NMIs");
@@ -980,7 +984,7 @@ static void test_events(void)
 	start_blocked(&t, 1);
 	check_no_cpu_time(&t, 1);
 
-	/* Each event is handled, and blocks the hypercall once more. */
+	/* Each event is handled, then the hypercall blocks again. */
 	for (i = 1; i <= 10; i++) {
 		send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
 		wait_count(&t.ctx[1]->irqs, i, "interrupts");
@@ -993,11 +997,11 @@ static void test_events(void)
 	}
 	check_no_cpu_time(&t, 1);
 
-	/* KVM_HC_KICK_CPU's way to end HLT. */
+	/* What KVM_HC_KICK_CPU sends, which only ends HLT. */
 	send_event(&t, 1, APIC_DM_REMRD);
 	check_no_cpu_time(&t, 1);
 
-	/* SIPI is for a vCPU that waits for it. */
+	/* A stray SIPI, for which the hypercall is executed once more. */
 	send_event(&t, 1, APIC_DM_STARTUP | SIPI_VECTOR);
 	runner_wait_blocked(&t.runners[1], 22);
 	check_no_cpu_time(&t, 1);
@@ -1006,7 +1010,7 @@ static void test_events(void)
 	finish(&t, 1, 22);
 	kvm_vm_free(t.vm);
 
-	/* Interrupts are masked, NMIs are not. */
+	/* A masked interrupt does not unblock the vCPU, an NMI does. */
 	test_vm_create(&t, vp_maps[0], guest_masked_irq_flusher);
 	set_plain_flush(&t, 1, BIT(TARGET));
 	hold(&t, TARGET, OWNER);
@@ -1016,7 +1020,7 @@ static void test_events(void)
 	send_event(&t, 1, APIC_DM_NMI);
 	end_after_nmi(&t);
 
-	/* STI defers interrupts for an instruction, not for as long as this. */
+	/* The interrupt shadow of STI ends when the vCPU blocks. */
 	test_vm_create(&t, vp_maps[0], guest_sti_flusher);
 	set_plain_flush(&t, 1, BIT(TARGET));
 	hold(&t, TARGET, OWNER);
@@ -1028,12 +1032,12 @@ static void test_events(void)
 	finish(&t, 1, 2);
 	kvm_vm_free(t.vm);
 
-	/* Nor does MOV SS defer an NMI, here one that came with the shadow. */
+	/* So does the shadow of MOV SS, here with a pending NMI. */
 	test_vm_create(&t, vp_maps[0], guest_flusher);
 	set_plain_flush(&t, 1, BIT(TARGET));
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 1);
-	interrupt(&t.runners[1]);
+	stop_by_signal(&t.runners[1]);
 	vcpu_events_get(t.vcpus[1], &events);
 	events.flags = KVM_VCPUEVENT_VALID_SHADOW | KVM_VCPUEVENT_VALID_NMI_PENDING;
 	events.interrupt.shadow = KVM_X86_SHADOW_INT_MOV_SS;
@@ -1043,7 +1047,7 @@ static void test_events(void)
 	end_after_nmi(&t);
 }
 
-/* The vCPU leaves KVM_RUN at the OUT of code in low memory. */
+/* Wait until the vCPU exits at the OUT of the code for SIPI or SMI. */
 static void join_stub(struct runner *r)
 {
 	struct kvm_run *run = r->vcpu->run;
@@ -1068,7 +1072,7 @@ static void test_init_sipi(void)
 	t.vp_index = vp_maps[0];
 	t.vm = ____vm_create(VM_MODE_DEFAULT, NR_PAGES);
 
-	/* SIPI needs low memory, take it before the test program does. */
+	/* SIPI needs low memory, allocate it before the program is loaded. */
 	page = vm_phy_page_alloc(t.vm, SIPI_GPA, 0);
 	TEST_ASSERT(page == SIPI_GPA, "Allocated page %#lx, expected %#x", page,
 		    SIPI_GPA);
@@ -1082,7 +1086,7 @@ static void test_init_sipi(void)
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 1);
 
-	/* The second vCPU is no BSP, it waits for SIPI. */
+	/* vCPU 1 is not the BSP, so it waits for SIPI after INIT. */
 	send_event(&t, 1, APIC_DM_INIT);
 	send_event(&t, 1, APIC_DM_STARTUP | SIPI_VECTOR);
 	join_stub(&t.runners[1]);
@@ -1141,7 +1145,7 @@ static void test_save_restore(void)
 	set_plain_flush(&t, 0, BIT(TARGET));
 	hold(&t, TARGET, OWNER | OWNER2);
 	start_blocked(&t, 0);
-	interrupt(&t.runners[0]);
+	stop_by_signal(&t.runners[0]);
 
 	inhibit = (struct kvm_hyperv_tlb_flush_inhibit) {
 		.vp_index = t.vp_index[TARGET],
@@ -1170,7 +1174,7 @@ static void test_save_restore(void)
 	kvm_vm_free(t.vm);
 }
 
-/* Without local APIC in the kernel, HLT is userspace's business. */
+/* Flushes block in the kernel even if HLT exits to userspace. */
 static void test_userspace_apic(void)
 {
 	struct test_vm t = { .vp_index = vp_maps[0] };
@@ -1183,14 +1187,14 @@ static void test_userspace_apic(void)
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 0);
 	check_no_cpu_time(&t, 0);
-	interrupt(&t.runners[0]);
+	stop_by_signal(&t.runners[0]);
 	start_blocked(&t, 0);
 	release(&t, TARGET, OWNER);
 	finish(&t, 0, 1);
 	kvm_vm_free(t.vm);
 }
 
-/* A process that dies takes its blocked vCPUs with it. */
+/* A process can be killed while one of its vCPUs is blocked. */
 static void test_kill(void)
 {
 	struct test_vm t;
@@ -1208,14 +1212,14 @@ static void test_kill(void)
 		hold(&t, TARGET, OWNER);
 		start_blocked(&t, 0);
 		runner_wait_asleep(&t.runners[0]);
-		/* The VM lives on, nobody can release the VP any more. */
+		/* The VM still exists, but nobody can release the VP. */
 		close(t.vm->fd);
 		test_write(fds[1], &c, 1);
 		for (;;)
 			pause();
 	}
 
-	/* If the child dies before it writes, that is the end of the pipe. */
+	/* If the child dies before it writes, this fails at end of file. */
 	close(fds[1]);
 	test_read(fds[0], &c, 1);
 	kill(pid, SIGKILL);
@@ -1243,7 +1247,7 @@ static void guest_l1(struct svm_test_data *svm, struct guest_ctx *ctx)
 		       svm->vmcb->control.exit_code);
 	GUEST_SYNC(0);
 
-	/* L1 makes the flush its own. */
+	/* L1 makes the same hypercall itself. */
 	GUEST_SYNC(hyperv_flush_tlb(ctx->pages, &ctx->flush));
 }
 
@@ -1329,7 +1333,7 @@ static int compare_u64(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
-/* From the release until the hypercall is complete, median. */
+/* Median of the time from a release to the completion of the hypercall. */
 static uint64_t release_latency(struct test_vm *t)
 {
 	uint64_t ns[latency_rounds], hypercalls, begin;
@@ -1353,8 +1357,8 @@ static uint64_t release_latency(struct test_vm *t)
 }
 
 /*
- * The page-in ends when the test says so, which is after the flusher has come
- * back: if the release waited for it, the test would not get there.
+ * The test ends the page-in after the flusher has returned from KVM_RUN.  If the
+ * release waited for the page-in, the test would not get that far.
  */
 static void test_page_in(void)
 {
@@ -1380,7 +1384,7 @@ static void test_page_in(void)
 	set_plain_flush(&t, 0, BIT(TARGET));
 	without = release_latency(&t);
 
-	/* Any vCPU but the ones that take part. */
+	/* A vCPU that neither flushes nor is flushed. */
 	set_call(t.vcpus[OTHER], guest_toucher, gva);
 	runner_start(&toucher, t.vcpus[OTHER]);
 	uffd_wait_fault(uffd);
@@ -1388,7 +1392,7 @@ static void test_page_in(void)
 	during = release_latency(&t);
 
 	TEST_ASSERT(!__atomic_load_n(&toucher.done, __ATOMIC_ACQUIRE),
-		    "The page-in is over, expected it to last");
+		    "The page-in has ended before the test ends it");
 	uffd_resolve(uffd, region->host_mem);
 	runner_join_sync(&toucher, 0);
 
@@ -1409,9 +1413,9 @@ static void wait_progress(uint64_t *count, uint64_t from,
 }
 
 /*
- * Toggle TlbFlushInhibit while two vCPUs flush all the time, for random spans
- * of up to the time of a few flushes, so that releases come at any point of a
- * flush.  A vCPU that misses a wake-up stays blocked with nothing inhibited.
+ * Toggle TlbFlushInhibit while two vCPUs flush all the time.  Hold it for random
+ * times, up to the time of a few flushes, so that releases come at any point of a
+ * flush.  A vCPU that misses a wake-up stays blocked although no VP is inhibited.
  */
 static void test_race(void)
 {
@@ -1427,7 +1431,7 @@ static void test_race(void)
 		wait_progress(&t.ctx[f]->count, 0, "A flusher");
 	}
 
-	/* The fastest of some flushes, others may have been preempted. */
+	/* Use the shortest of some times, the others may include preemption. */
 	span = NSEC_PER_SEC;
 	for (i = 0; i < 100; i++) {
 		begin = now_ns();
@@ -1446,7 +1450,7 @@ static void test_race(void)
 			cpu_relax();
 		release(&t, TARGET, OWNER);
 
-		/* All of them have to get on, again and again. */
+		/* All flushers must make progress. */
 		if (i % 10)
 			continue;
 		for (f = 0; f < NR_FLUSHERS; f++)
@@ -1464,14 +1468,14 @@ static void test_race(void)
 
 	pr_info("%lu toggles, %lu flushes, %lu times blocked\n", toggles,
 		t.ctx[0]->count + t.ctx[1]->count, blocks);
-	TEST_ASSERT(blocks, "No flush met an inhibited VP in %lu toggles", toggles);
+	TEST_ASSERT(blocks, "No flush was blocked in %lu toggles", toggles);
 	kvm_vm_free(t.vm);
 }
 
 /*
- * The guest has a page table entry point to one page after the other, and
- * poisons the page that it pointed to before once it has flushed.  A walk of
- * the page tables under TlbFlushInhibit must not get to a poisoned page.
+ * The guest changes a page table entry to point to one page after the other.
+ * After the flush for each change, it poisons the page that the entry pointed to
+ * before.  A walk with TlbFlushInhibit must not find a poisoned page.
  */
 #define VALID		0x600d
 #define POISON		0xdead
@@ -1503,8 +1507,8 @@ static void guest_switcher(struct guest_ctx *ctx, struct switcher *s)
 }
 
 /*
- * Walk, and use the translation until @count reaches @until.  Return whether it
- * went bad meanwhile.
+ * Walk the page table, and use the translation until @count() reaches @until.
+ * Returns true if the page was poisoned meanwhile.
  */
 static bool walk_is_poisoned(struct test_vm *t, uint64_t *pte,
 			     uint64_t (*count)(struct test_vm *t), uint64_t until)
@@ -1554,7 +1558,7 @@ static void test_walk(void)
 	t.ctx[0]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t.vm);
 	set_plain_flush(&t, 0, BIT(1));
 
-	/* The page that is switched, and what it is switched to. */
+	/* The page whose translation changes, and the pages it changes to. */
 	page = vm_vaddr_alloc_page(t.vm);
 	s_gva = vm_vaddr_alloc_page(t.vm);
 	s = addr_gva2hva(t.vm, s_gva);
@@ -1577,7 +1581,7 @@ static void test_walk(void)
 		unprotected += walk_is_poisoned(&t, pte, nr_switches,
 						nr_switches(&t) + 2);
 
-		/* The guest gets as far as its next flush. */
+		/* The guest gets as far as its next flush, which blocks. */
 		blocks = nr_blocks(&t);
 		hold(&t, 1, OWNER);
 		poisoned += walk_is_poisoned(&t, pte, nr_blocks, blocks + 1);
@@ -1587,13 +1591,13 @@ static void test_walk(void)
 	WRITE_ONCE(s->stop, true);
 	runner_join_sync(&t.runners[0], 0);
 
-	pr_info("%lu walks, %lu switches, %lu times blocked, %lu walks without TlbFlushInhibit went bad\n",
+	pr_info("%lu walks, %lu switches, %lu times blocked, %lu walks without TlbFlushInhibit found a poisoned page\n",
 		walks, s->switches, nr_blocks(&t), unprotected);
 	TEST_ASSERT(!poisoned,
-		    "%lu of %lu walks under TlbFlushInhibit used a page after its flush, expected none",
+		    "%lu of %lu walks with TlbFlushInhibit found a poisoned page, expected none",
 		    poisoned, walks);
 	TEST_ASSERT(unprotected || !walks,
-		    "None of %lu walks without TlbFlushInhibit went bad, expected at least one",
+		    "None of %lu walks without TlbFlushInhibit found a poisoned page, expected at least one",
 		    walks);
 	kvm_vm_free(t.vm);
 }

@@ -2,14 +2,14 @@
 /*
  * Hyper-V TLB flush hypercalls
  *
- * - which vCPUs are flushed, as told by their tlb_flush statistic: the four
- *   hypercalls, slow and fast (XMM) input, any set of vCPUs, with VP indices
- *   that equal the vCPU indices and with others, which need several sparse
- *   banks; the ways to say "all" and "none";
- * - malformed hypercalls return an error and flush nobody;
- * - a running vCPU does not use a stale translation once the hypercall is done.
+ * - The tlb_flush statistic shows which vCPUs are flushed: by each of the four
+ *   hypercalls, with slow and fast (XMM) input, for any set of vCPUs, whose VP
+ *   indices equal the vCPU indices or are in several sparse banks, and for each
+ *   way to specify all VPs or none.
+ * - Malformed hypercalls return an error and flush no vCPU.
+ * - A running vCPU does not use a stale translation after the hypercall.
  *
- * With -b it only tells what a flush costs.
+ * With -b, the test only prints the cost of a flush.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <getopt.h>
@@ -26,7 +26,7 @@
 #define EDGE_GPA	0x40000000
 #define EDGE_SLOT	1
 
-/* VP index of each vCPU: equal to the vCPU index, and all over the banks. */
+/* VP indices of the vCPUs: equal to the vCPU indices, and in several banks. */
 static const uint32_t vp_maps[][NR_VCPUS] = {
 	{ 0, 1, 2, 3 },
 	{ 2, 65, 1023, 0 },
@@ -48,7 +48,7 @@ static void guest_target(void)
 		GUEST_SYNC(0);
 }
 
-/* vCPU 0 flushes, all vCPUs serve what they have been asked for. */
+/* vCPU 0 makes the hypercalls.  Each vCPU does its flush when it is run. */
 struct flush_vm {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpus[NR_VCPUS];
@@ -130,7 +130,7 @@ static void test_targets(struct flush_vm *f, uint16_t code, bool fast)
 			if ((targets & BIT(i)) && f->vp_index[i] >= 64)
 				break;
 		}
-		/* Only VP sets can name these. */
+		/* Only a VP set can contain these. */
 		if (i < NR_VCPUS && !hyperv_flush_is_ex(code))
 			continue;
 
@@ -148,17 +148,17 @@ static void test_all_and_none(struct flush_vm *f, uint16_t code, bool fast)
 		flush->flags = HV_FLUSH_ALL_PROCESSORS;
 		check_success(f, ALL_VCPUS);
 
-		/* KVM takes an empty mask for "all", see WS2012. */
+		/* For KVM, an empty mask means all VPs, as WS2012 expects. */
 		set_flush(f, code, fast, 0);
 		check_success(f, ALL_VCPUS);
 
-		/* Nobody has this VP index. */
+		/* No vCPU has this VP index. */
 		flush->processor_mask = BIT_ULL(63);
 		check_success(f, 0);
 		return;
 	}
 
-	/* All, whatever the banks say. */
+	/* All VPs, without and with banks. */
 	set_flush(f, code, fast, 0);
 	flush->format = HV_GENERIC_SET_ALL;
 	check_success(f, ALL_VCPUS);
@@ -167,7 +167,7 @@ static void test_all_and_none(struct flush_vm *f, uint16_t code, bool fast)
 	flush->format = HV_GENERIC_SET_ALL;
 	check_success(f, ALL_VCPUS);
 
-	/* No banks, an empty bank, a bank of nobody, one beyond all VPs. */
+	/* No bank, an empty bank, a bank without VPs, the last bank. */
 	set_flush(f, code, fast, 0);
 	check_success(f, 0);
 
@@ -188,7 +188,7 @@ static void test_reps(struct flush_vm *f, uint16_t code, bool fast)
 	if (!hyperv_flush_is_list(code))
 		return;
 
-	/* The largest count: KVM flushes all addresses at once. */
+	/* The largest count; KVM flushes all addresses at once. */
 	set_flush(f, code, fast, BIT(0));
 	f->flush->rep_cnt = 0xfff;
 	check_success(f, BIT(0));
@@ -206,7 +206,7 @@ static void test_malformed(struct flush_vm *f, uint16_t code, bool fast)
 		check_flush(f, HV_STATUS_INVALID_HYPERCALL_INPUT, 0);
 	}
 
-	/* Repetitions where none belong, or none, or not from the start. */
+	/* An unexpected or missing rep count; a rep start that is not 0. */
 	set_flush(f, code, fast, BIT(0));
 	flush->rep_cnt = !hyperv_flush_is_list(code);
 	check_flush(f, HV_STATUS_INVALID_HYPERCALL_INPUT, 0);
@@ -215,7 +215,7 @@ static void test_malformed(struct flush_vm *f, uint16_t code, bool fast)
 	flush->rep_start = 1;
 	check_flush(f, HV_STATUS_INVALID_HYPERCALL_INPUT, 0);
 
-	/* A variable header that does not match the banks, or is not due. */
+	/* A variable header that does not match the banks or is unexpected. */
 	set_flush(f, code, fast, BIT(0));
 	flush->var_cnt++;
 	check_flush(f, HV_STATUS_INVALID_HYPERCALL_INPUT, 0);
@@ -246,13 +246,13 @@ static void test_unreadable(struct flush_vm *f, uint16_t code)
 	struct hyperv_hcall_pages saved = *f->pages;
 	vm_vaddr_t edge, beyond;
 
-	/* No memory at all. */
+	/* Input outside of guest memory. */
 	set_flush(f, code, false, BIT(0));
 	f->pages->input_gpa = EDGE_GPA + PAGE_SIZE;
 	check_flush(f, HV_STATUS_INVALID_HYPERCALL_INPUT, 0);
 	*f->pages = saved;
 
-	/* The header is the last that fits, banks are beyond. */
+	/* The header is at the end of memory, the banks are beyond it. */
 	edge = vm_vaddr_alloc(f->vm, 2 * PAGE_SIZE, KVM_UTIL_MIN_VADDR);
 	beyond = edge + PAGE_SIZE;
 	vm_set_page_table_entry(f->vm, f->vcpus[0], edge,
@@ -272,7 +272,7 @@ static void test_unreadable(struct flush_vm *f, uint16_t code)
 	*f->pages = saved;
 }
 
-/* A running vCPU reads through a translation that another vCPU changes. */
+/* A running vCPU reads a page whose translation another vCPU changes. */
 struct remote {
 	uint64_t *page;
 	uint64_t *pte;
@@ -296,7 +296,7 @@ static void guest_reader(struct remote *remote)
 	GUEST_DONE();
 }
 
-/* The read after next has begun after this was called. */
+/* Wait for the end of a read that has started after the call. */
 static void guest_wait_for_read(struct remote *remote)
 {
 	uint64_t reads = READ_ONCE(remote->reads);
@@ -314,7 +314,7 @@ static void guest_remote_flusher(struct hyperv_hcall_pages *pages,
 	hyperv_enable_hypercalls(pages);
 
 	for (i = 1; i <= remote->rounds; i++) {
-		/* Have the reader use the old translation. */
+		/* Let the reader use the old translation. */
 		guest_wait_for_read(remote);
 
 		WRITE_ONCE(*remote->pte, remote->ptes[i % 2]);
@@ -424,7 +424,7 @@ static void guest_bench(struct hyperv_hcall_pages *pages,
 	GUEST_SYNC(0);
 }
 
-/* The time for one flush of another vCPU, which is not running. */
+/* Print the time of a flush of another vCPU that is not running. */
 static void bench(uint64_t count)
 {
 	vm_vaddr_t pages_gva, flush_gva;

@@ -1,14 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Torture gfn_to_pfn_caches: vCPUs, irqfds, timers and ioctls write to Xen's
- * shared info, to vcpu_info, the times and the runstate of each vCPU, while other
- * threads drop, protect, remap, merge, compact and fork the pages, and delete
- * and create the memslot.
+ * Stress test of gfn_to_pfn_caches: vCPUs, irqfds, timers and ioctls write to Xen's
+ * shared_info and to vcpu_info, the times and the runstate of each vCPU, while
+ * "chaos" threads drop, protect, remap, merge, compact and fork the pages, and
+ * delete and create the memslot.
  *
- * What must not happen: a write to a page that has been freed (fresh pages are
- * checked all the while), or to one that a child of fork() has (each child checks
- * its copy); a thread that gets nowhere, least of all when nothing but drops is
- * left; an event that does not arrive when all is quiet again.
+ * The test fails if
+ *
+ * - KVM writes to a page that has been freed: a thread allocates pages all the
+ *   time and checks that they stay zero;
+ * - KVM writes to a page of a child of fork(): each child checks its copy;
+ * - a thread makes no progress, also at the end, when the chaos threads do nothing
+ *   but drop pages;
+ * - an event does not arrive after everything has stopped.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -60,14 +64,14 @@ static struct worker {
 	const char *name;
 	unsigned int nr;
 	unsigned long rounds;
-	sem_t calm;		/* only of those who change the memory */
+	sem_t calm;		/* of chaos threads: the operations are done */
 	pthread_t thread;
 } *workers;
 static unsigned int nr_workers;
 
-/* Only one thread at a time changes the mappings; the others look on. */
+/* Only one chaos thread at a time changes the mappings. */
 static pthread_mutex_t map_lock = PTHREAD_MUTEX_INITIALIZER;
-/* All who change the memory, and main(), before nothing but drops is left. */
+/* The chaos threads and main() meet here; after that, pages are only dropped. */
 static pthread_barrier_t calm_barrier;
 
 static bool stopped(void)
@@ -88,7 +92,7 @@ static unsigned long rounds_of(struct worker *w)
 static void guest_code(void)
 {
 	for (;;) {
-		/* A time that has passed: the event is due at once. */
+		/* This time has passed, so that the event is due at once. */
 		xen_hypercall(__HYPERVISOR_set_timer_op, 1, 0);
 		GUEST_SYNC(0);
 	}
@@ -108,7 +112,7 @@ static void set_vcpu_attr(unsigned int i, uint16_t type, uint64_t gpa)
 {
 	struct kvm_xen_vcpu_attr attr = { .type = type, .u.gpa = gpa };
 
-	/* May fail, with EFAULT, while the page is not there. */
+	/* May fail with EFAULT while the page is not mapped. */
 	__vcpu_ioctl(vcpus[i], KVM_XEN_VCPU_SET_ATTR, &attr);
 }
 
@@ -249,7 +253,7 @@ static void *send_fn(void *arg)
 	return NULL;
 }
 
-/* Fresh memory is zero, unless somebody writes to what is not theirs any more. */
+/* Fresh memory is zero, unless KVM writes to a page that it must not use any more. */
 static void *fresh_fn(void *arg)
 {
 	struct worker *w = arg;
@@ -300,7 +304,8 @@ static void fork_and_check(void)
 		_exit(0);
 	}
 	TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid(): %s", strerror(errno));
-	TEST_ASSERT(!status, "the copy of a child of fork() changed, status %#x", status);
+	TEST_ASSERT(!status, "child of fork() expected an unchanged copy, ended with status %#x",
+		    status);
 }
 
 static void write_file(const char *path, const char *text)
@@ -387,7 +392,7 @@ static void *chaos_fn(void *arg)
 		}
 	}
 
-	/* The slot stays, and so do the caches; only their pages go. */
+	/* From now on, keep the memslot and the caches, and only drop the pages. */
 	sem_post(&w->calm);
 	pthread_barrier_wait(&calm_barrier);
 	for (; !stopped(); count(w)) {
@@ -415,7 +420,7 @@ static void create(const char *name, unsigned int nr, void *(*fn)(void *))
 	w->thread = start_thread(fn, w);
 }
 
-/* Wait until @w is done with the chaos.  However long that is, it must get on. */
+/* Wait until @w has done its operations, however long it takes to do all of them. */
 static void wait_for_calm(struct worker *w)
 {
 	struct timespec limit;
@@ -429,11 +434,11 @@ static void wait_for_calm(struct worker *w)
 			return;
 	} while (errno == EINTR || rounds_of(w) != before);
 
-	TEST_FAIL("%s %u: expected more than %lu operations after another %d s, got none",
+	TEST_FAIL("%s %u: expected more than %lu operations after another %d s, got no more",
 		  w->name, w->nr, before, WAIT_LIMIT_SECS);
 }
 
-/* The second round from now on begins after now. */
+/* Wait for two rounds: the first one may have begun before now, the second not. */
 static void expect_progress(struct worker *w)
 {
 	unsigned long before = rounds_of(w);
@@ -456,11 +461,11 @@ static void usage(const char *name)
 {
 	printf("Usage: %s [-h] [-r] [-c threads] [-n operations] [-s seed] [-t seconds]\n"
 	       "       [-v vcpus]\n"
-	       " -c: threads that change the memory (default: %u)\n"
-	       " -n: what each of them does, how often (default: %u)\n"
+	       " -c: chaos threads, which change the memory (default: %u)\n"
+	       " -n: operations of each chaos thread (default: %u)\n"
 	       " -r: write runstates too\n"
 	       " -s: seed (default: random)\n"
-	       " -t: for how long, instead of how often\n"
+	       " -t: run for so many seconds, instead of -n\n"
 	       " -v: vCPUs, up to %u (default: %u)\n",
 	       name, nr_chaos, nr_ops, MAX_VCPUS, nr_vcpus);
 	exit(KSFT_FAIL);
@@ -495,7 +500,7 @@ int main(int argc, char *argv[])
 		case 'v':
 			nr_vcpus = atoi(optarg);
 			TEST_ASSERT(nr_vcpus >= 1 && nr_vcpus <= MAX_VCPUS,
-				    "1 to %d vCPUs, not %s", MAX_VCPUS, optarg);
+				    "expected 1 to %d vCPUs, got %s", MAX_VCPUS, optarg);
 			break;
 		default:
 			usage(argv[0]);
@@ -529,7 +534,7 @@ int main(int argc, char *argv[])
 		wait_for_calm(&workers[first_chaos + i]);
 	nr_done = sum_rounds(first_chaos, nr_chaos);
 
-	/* Nothing but drops from now on: everybody must get on. */
+	/* From now on pages are only dropped: each thread must make progress. */
 	set_shinfo(BASE_GPA / page_size);
 	for (i = 0; i < nr_vcpus; i++)
 		set_caches(i);
@@ -542,14 +547,14 @@ int main(int argc, char *argv[])
 		join_thread(workers[i].thread, workers[i].name);
 	write_file("/sys/kernel/mm/ksm/run", "2");
 
-	/* All is quiet: everything works again. */
+	/* Everything has stopped: each event must arrive. */
 	set_shinfo(BASE_GPA / page_size);
 	memset(mem, 0, nr_pages * page_size);
 	for (i = 0; i < nr_vcpus; i++) {
 		set_caches(i);
 		ret = send_event(i, 300 + i);
 		TEST_ASSERT(!ret, "KVM_XEN_HVM_EVTCHN_SEND: expected 0, got %d", ret);
-		TEST_ASSERT(pending(300 + i), "port %u expected pending, it is not", 300 + i);
+		TEST_ASSERT(pending(300 + i), "expected port %u pending, it is not", 300 + i);
 
 		TEST_ASSERT(write(irqfds[i], &one, sizeof(one)) == sizeof(one),
 			    "write(eventfd): %s", strerror(errno));

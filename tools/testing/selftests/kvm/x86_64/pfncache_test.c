@@ -2,17 +2,18 @@
 /*
  * Races between the users of gfn_to_pfn_caches and MMU notifiers.
  *
- * Xen's shared info page is what KVM writes to here: an event channel that is
- * raised through an irqfd, in atomic context if the cache is valid and else in a
- * worker that refreshes it, or by KVM_XEN_HVM_EVTCHN_SEND, which refreshes it in
- * the thread of the caller.
+ * The cache under test is that of Xen's shared_info page.  KVM writes to the page
+ * when an event channel is raised: by an irqfd, in atomic context if the cache is
+ * valid and otherwise in a worker that refreshes the cache; or by
+ * KVM_XEN_HVM_EVTCHN_SEND, which refreshes the cache in the thread of the caller.
  *
  * Most scenarios hold an invalidation in one of its MMU notifier hooks, by means
- * of /dev/test_mmu_gate (CONFIG_TEST_MMU_GATE), and look what KVM does in the
- * window.  They are skipped where there is no such device.
+ * of /dev/test_mmu_gate (CONFIG_TEST_MMU_GATE), and check what KVM does in the
+ * meantime.  They are skipped if the device does not exist.
  *
- * Each scenario runs in a process of its own.  Its threads exist before the gate is
- * closed, as those who are stopped may hold mmap_lock.
+ * Each scenario runs in a process of its own.  The process creates its threads
+ * before it closes the gate, because a thread that is stopped at the gate may hold
+ * mmap_lock.
  */
 #define _GNU_SOURCE /* for clone() */
 #include <fcntl.h>
@@ -57,10 +58,10 @@
 #define SPIN_US		"/sys/module/kvm/parameters/pfncache_spin_us"
 
 static size_t page_size;
-static size_t big_mib = 48;		/* pages are freed from 40 on */
+static size_t big_mib = 48;		/* a zap of more than 40 frees in batches */
 static unsigned int nr_rounds = 20;
 
-/* The process of the scenario. */
+/* State of the process that runs a scenario. */
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static char *mem;
@@ -77,7 +78,7 @@ static struct thread {
 	unsigned int nr_pages;
 } threads[NR_THREADS];
 
-/* Shared by all processes. */
+/* Shared by all processes of a scenario. */
 static struct shared {
 	unsigned long begun;
 	unsigned long done;
@@ -85,8 +86,8 @@ static struct shared {
 } *sh;
 
 /*
- * TEST_ASSERT() forks to print a stack trace, and fork() would wait for those who
- * are stopped.
+ * For use while a thread is stopped at a gate: TEST_ASSERT() forks to print a stack
+ * trace, and fork() would wait for the mmap_lock that the thread may hold.
  */
 #define WINDOW_ASSERT(cond, fmt...)	\
 do {					\
@@ -251,7 +252,7 @@ static void create_vm(size_t nr_pages)
 
 	create_threads();
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
-	/* The first use allocates memory. */
+	/* The first read of a statistic allocates memory; do that now. */
 	if (has_gate)
 		vm_get_stat(vm, "pfncache_wait");
 
@@ -312,7 +313,7 @@ static void close_gate(int gate, unsigned int nr, unsigned int nr_pages, uint32_
 		    strerror(errno));
 }
 
-/* Wait until @count threads are stopped at the gate. */
+/* Wait until at least @count threads are stopped at the gate. */
 static void wait_gate(int gate, unsigned int count)
 {
 	struct mmu_gate_wait wait = { .count = count, .timeout_ms = 1000 * 1000 };
@@ -338,7 +339,7 @@ static void start_dropper(struct thread *t, unsigned int nr, unsigned int nr_pag
 	start(t, dropper_fn);
 }
 
-/* Send port 3; sh->begun and sh->done tell how far it has got. */
+/* Send port 3, and tell by sh->begun and sh->done how far the send is. */
 static void sender_fn(struct thread *t)
 {
 	int ret;
@@ -356,7 +357,7 @@ static void activator_fn(struct thread *t)
 	set(&sh->done, 1);
 }
 
-/* Return when the thread waits for an invalidation. */
+/* Return when the thread is waiting for an invalidation. */
 static void start_waiter(struct thread *t, void (*fn)(struct thread *t))
 {
 	uint64_t waits = vm_get_stat(vm, "pfncache_wait");
@@ -399,7 +400,7 @@ static void pin(int cpu)
 		    strerror(errno));
 }
 
-/* Fresh memory is zero, unless somebody writes to what is not theirs any more. */
+/* Fresh memory is zero, unless KVM writes to a page that it must not use any more. */
 static void *alloc_fresh(size_t size)
 {
 	void *p = mmap(NULL, size, PROT_READ | PROT_WRITE,
@@ -420,8 +421,8 @@ static void check_fresh(unsigned long *p, size_t size)
 }
 
 /*
- * The page is the first one of a range that is so large that pages are freed
- * before the end of the invalidation.  Another process gets them.
+ * The page is the first one of a range that is so large that its pages are freed
+ * before the invalidation ends.  Another process allocates them.
  */
 static void test_large_range(void)
 {
@@ -438,17 +439,17 @@ static void test_large_range(void)
 	other = start_process();
 	if (!other) {
 		wait_gate(gate, 1);
-		/* To a free page, that is for KASAN. */
+		/* The page is free: a write is detected by KASAN. */
 		signal_irqfd(0);
 		fresh = alloc_fresh(size);
-		/* To somebody's page. */
+		/* The page may be allocated: a write is detected by check_fresh(). */
 		signal_irqfd(1);
 		open_for_all(gate);
 		check_fresh(fresh, size);
 		exit(0);
 	}
 
-	/* The page is a new one since fork(), nobody else has it. */
+	/* Undo the sharing of the page by fork(): the write copies it. */
 	*pending(SHINFO_PAGE) = 0;
 	expect_send(4, 0);
 
@@ -456,11 +457,11 @@ static void test_large_range(void)
 	drop(SHINFO_PAGE, (nr_pages - SHINFO_PAGE) * page_size);
 	end_process(other);
 
-	/* The events wait for the new page. */
+	/* The events are delivered to the new page. */
 	wait_for(shinfo_pending() == 0x6);
 }
 
-/* What is written while fork() copies the page tables does not get to the child. */
+/* The child does not see what KVM writes while fork() copies the page tables. */
 static void test_fork(void)
 {
 	int gate = open_gate();
@@ -493,7 +494,7 @@ static void test_fork(void)
 	wait_for(shinfo_pending() == 0x12);
 }
 
-/* A cache that is just being activated cannot become valid in the window. */
+/* A cache that is being activated cannot become valid during an invalidation. */
 static void test_activate(void)
 {
 	int gate = open_gate();
@@ -516,12 +517,12 @@ static void test_activate(void)
 }
 
 /*
- * The start hook of KVM has run, the page tables have not changed yet.  A
- * refresh that pinned the page now would get the old one.
+ * KVM's start hook has run, and the page tables have not changed yet.  A refresh
+ * that did not wait would map the old page.
  */
 static void test_before_zap(void)
 {
-	int gate = open_attached_gate();	/* before KVM's notifier */
+	int gate = open_attached_gate();	/* registered before KVM's notifier */
 
 	create_vm(NR_PAGES);
 	set_shinfo(SHINFO_PAGE);
@@ -542,7 +543,7 @@ static void test_before_zap(void)
 		      shinfo_pending());
 }
 
-/* Invalidations on both sides of the page do not concern it. */
+/* A refresh does not wait for invalidations on both sides of its page. */
 static void test_neighbours(void)
 {
 	int gate = open_gate();
@@ -597,21 +598,21 @@ static void read_text(const char *path, char *buf, size_t size)
 	close(fd);
 }
 
-/* In an ioctl and off the CPU, not only about to look whether to sleep. */
+/* Whether the thread is in an ioctl and off the CPU, that is, really asleep. */
 static bool is_asleep(struct thread *t)
 {
 	char path[64], buf[256];
 
 	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", t->tid);
-	/* The number of the system call first, or else "running". */
+	/* It begins with the number of the system call, or is "running". */
 	read_text(path, buf, sizeof(buf));
 	return strtol(buf, NULL, 10) == SYS_ioctl;
 }
 
 /*
- * An invalidation has ended, another one has not.  Each end wakes those who sleep:
- * one who waits and is asleep now has looked again since.  Time that was waited is
- * counted as soon as the wait is over.
+ * One invalidation has ended and another one has not.  Each end wakes all waiters,
+ * so a waiter that is asleep now has checked again since the end.  The time of a
+ * wait is counted when the wait is over: it must not be counted yet.
  */
 static void expect_waits_on(struct thread *t, uint64_t waited_ns)
 {
@@ -622,13 +623,13 @@ static void expect_waits_on(struct thread *t, uint64_t waited_ns)
 	done = get(&sh->done);
 	ns = vm_get_stat(vm, "pfncache_wait_ns") - waited_ns;
 	WINDOW_ASSERT(!done && !ns,
-		      "refresh expected to wait for the other invalidation, it did not after %lu ns",
+		      "refresh expected to wait for the other invalidation, waited %lu ns only",
 		      ns);
 }
 
 /*
- * Two invalidations overlap at the page, and end in either order; so do two of
- * the very same range.
+ * Two invalidations that overlap at the page end in either order.  Then two
+ * invalidations have the same range.
  */
 static void expect_overlap(int gate[2])
 {
@@ -653,7 +654,7 @@ static void expect_overlap(int gate[2])
 		join(&threads[0]);
 	}
 
-	/* The first one waits at both gates, one after the other. */
+	/* The first one is stopped at both gates, one after the other. */
 	close_gate(gate[1], SHINFO_PAGE, 1, MMU_GATE_END);
 	start_dropper(&threads[1], SHINFO_PAGE, 1);
 	wait_gate(gate[1], 1);
@@ -675,8 +676,8 @@ static void expect_overlap(int gate[2])
 }
 
 /*
- * The first end finds the waiter asleep, or about to sleep; then spinning, if it
- * comes within the 200 ms.
+ * With 1 us, the waiter is asleep or about to sleep when the first invalidation
+ * ends.  With 200 ms, it is still spinning, unless the machine is very slow.
  */
 static void test_overlap(void)
 {
@@ -717,14 +718,14 @@ static void test_overflow(void)
 	WINDOW_ASSERT(overflows == NR_OVERFLOW - NR_SLOTS, "expected %d overflows, got %lu",
 		      NR_OVERFLOW - NR_SLOTS, overflows);
 
-	/* None of them has the page. */
+	/* None of them contains the page. */
 	waits = vm_get_stat(vm, "pfncache_wait");
 	set_shinfo(SHINFO_PAGE + 1);
 	set_shinfo(SHINFO_PAGE);
 	waits = vm_get_stat(vm, "pfncache_wait") - waits;
 	WINDOW_ASSERT(!waits, "expected no wait, got %lu", waits);
 
-	/* This one has, and finds no slot. */
+	/* This one does, and there is no slot for it. */
 	start_dropper(&threads[1 + i], SHINFO_PAGE, 1);
 	wait_gate(gate, NR_OVERFLOW + 1);
 	start_waiter(&threads[0], sender_fn);
@@ -734,7 +735,7 @@ static void test_overflow(void)
 	for (i = 0; i <= NR_OVERFLOW; i++)
 		join(&threads[1 + i]);
 
-	/* Nothing is left behind. */
+	/* No record is left. */
 	waits = vm_get_stat(vm, "pfncache_wait");
 	drop(0, NR_PAGES * page_size);
 	expect_send(5, 0);
@@ -744,7 +745,7 @@ static void test_overflow(void)
 		      shinfo_pending());
 }
 
-/* With pfncache_spin_us a waiter goes to sleep, and is woken. */
+/* With pfncache_spin_us set, a waiter sleeps and is woken; without, it spins. */
 static void test_sleep(void)
 {
 	int gate = open_gate();
@@ -793,7 +794,7 @@ static void test_kill(void)
 		attach_gate(gate);
 		set_shinfo(SHINFO_PAGE);
 
-		/* It shares the mm, but nobody kills it. */
+		/* A process that shares the mm, so that SIGKILL does not end it. */
 		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
 		TEST_ASSERT(clone(clone_fn, stack + 16 * page_size,
 				  CLONE_VM | CLONE_PARENT | SIGCHLD, NULL) > 0,
@@ -815,9 +816,9 @@ static void test_kill(void)
 }
 
 /*
- * The OOM reaper, and process_mrelease() which does the same on demand, call the
- * hooks where they may not block.  The process would end before it is reaped, so
- * a thread of it is held by all means.
+ * The OOM reaper calls the hooks in a context in which they may not block, and so
+ * does process_mrelease(), which reaps on demand.  Keep a thread of the process
+ * even though it has a fatal signal, or the process would end before it is reaped.
  */
 static void test_oom(void)
 {
@@ -867,7 +868,7 @@ static void test_oom(void)
 		    "victim expected to be killed, got status %#x", status);
 }
 
-/* Readers and writers while what is mapped changes under them. */
+/* Write through the cache while another thread changes what is mapped. */
 static void remap_fn(struct thread *t)
 {
 	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST)) {
@@ -898,7 +899,7 @@ static void test_remap(void)
 	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
 	join(&threads[0]);
 
-	/* A page that is mapped by its pfn, as the memory of a device is. */
+	/* A page that is mapped by its pfn, like the memory of a device. */
 	p = page(SHINFO_PAGE);
 	TEST_ASSERT(mmap(p, page_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
 			 gate, 0) == p, "mmap(gate): %s", strerror(errno));
@@ -922,7 +923,7 @@ static unsigned long read_number(const char *path)
 	return atol(buf);
 }
 
-/* KSM merges the page with another, compaction moves it. */
+/* KSM merges the page with another one, and compaction moves it. */
 static void test_ksm(void)
 {
 	unsigned long scans;
@@ -959,7 +960,7 @@ static void test_ksm(void)
 	write_file("/sys/kernel/mm/ksm/run", "2");
 }
 
-/* Not a page, or not one that can be written to: an error, and then recovery. */
+/* No page or no writable page: an error, and success when there is one again. */
 static void test_bad_address(void)
 {
 	void *p;
@@ -995,14 +996,14 @@ static void test_bad_address(void)
 	TEST_ASSERT(shinfo_pending() == 0x10, "expected 0x10 pending, got %#lx",
 		    shinfo_pending());
 
-	/* An address without a memslot can be set, and used later. */
+	/* Setting an address without a memslot fails, and leaves the cache usable. */
 	TEST_ASSERT(__set_shinfo(0xd0000) == EFAULT, "expected EFAULT, got %d", errno);
 	expect_send(5, -EFAULT);
 	set_shinfo(SHINFO_PAGE);
 	expect_send(5, 0);
 }
 
-/* A structure that would cross a page is refused, and nothing is written. */
+/* A structure that would cross a page boundary is refused and not written. */
 static void test_page_crossing(void)
 {
 	struct kvm_xen_vcpu_attr attr = {
@@ -1039,8 +1040,8 @@ static void test_page_crossing(void)
 }
 
 /*
- * The process of the VM exits, another one that has the file descriptors goes on
- * to signal an irqfd.  The pages belong to others by then.
+ * The process that owns the VM exits.  Another process, which has inherited the
+ * file descriptors, signals an irqfd when the pages are free or allocated again.
  */
 static void test_released_mm(void)
 {
@@ -1049,7 +1050,7 @@ static void test_released_mm(void)
 	pid_t owner, heir;
 	int status;
 
-	/* On one CPU, whose lists of free pages are used. */
+	/* Stay on one CPU, so that pages from its free lists are allocated again. */
 	pin(0);
 
 	owner = start_process();
@@ -1062,7 +1063,7 @@ static void test_released_mm(void)
 			munmap(mem, NR_PAGES * page_size);
 			set(&sh->begun, 1);
 			wait_for(get(&sh->done));
-			/* To a free page, that is for KASAN. */
+			/* The page is free: a write is detected by KASAN. */
 			signal_irqfd(0);
 			fresh = alloc_fresh(size);
 			signal_irqfd(1);
@@ -1071,24 +1072,25 @@ static void test_released_mm(void)
 			exit(0);
 		}
 		wait_for(get(&sh->begun));
-		/* The page of after the fork. */
+		/* Undo the sharing of the page by fork(): the write copies it. */
 		*pending(SHINFO_PAGE) = 0;
 		expect_send(5, 0);
-		/* Not exit(): leave the VM alone. */
+		/* Not exit(), which could clean up the VM. */
 		_exit(0);
 	}
 	end_process(owner);
 	set(&sh->done, 1);
 
-	/* The heir has been inherited by this process, see PR_SET_CHILD_SUBREAPER. */
+	/* The heir is a child of this process now, due to PR_SET_CHILD_SUBREAPER. */
 	TEST_ASSERT(wait(&status) > 0, "wait(): %s", strerror(errno));
 	TEST_ASSERT(WIFEXITED(status) && !WEXITSTATUS(status) && get(&sh->begun) == 2,
 		    "heir ended with status %#x, expected 0", status);
 }
 
 /*
- * Activate @nr caches, up to four for each vCPU; the vCPUs never run.  Their file
- * descriptors go to @fds, the VM lives until these are closed.
+ * Activate @nr caches, four per vCPU; the vCPUs never run.  Store their file
+ * descriptors in @fds, which the caller must close to destroy the VM.  Return how
+ * many there are.
  */
 static unsigned int create_caches(unsigned int nr, int *fds)
 {
@@ -1130,9 +1132,9 @@ static unsigned int create_caches(unsigned int nr, int *fds)
 }
 
 /*
- * The cost of an invalidation, start and end, that no cache has to do with.  To
- * be counted in instructions (one each nanosecond under QEMU's icount), with the
- * system call around it, which is the same everywhere.
+ * The instructions of an invalidation, start and end, that concerns no cache.
+ * Under QEMU's icount, with one nanosecond per instruction, the clock counts
+ * instructions.  The system call is included; it is the same on all kernels.
  */
 static void perf_hooks(void)
 {
@@ -1194,7 +1196,7 @@ struct latency {
 	uint64_t median, p99;
 };
 
-/* The least of all calls: what else the host does only adds to the time. */
+/* Keep the least of all calls: other load of the host only adds to the time. */
 static void measure_refresh(struct latency *least)
 {
 	const unsigned int samples = 5000;
@@ -1226,14 +1228,18 @@ static void report_refresh(const char *what, const struct latency *least)
 }
 
 /*
- * A refresh, each time with another page, both of which are there: no page fault
- * and no TLB flush is measured.  While nothing else happens; while another
- * process, which does not concern the VM, invalidates the memory it has on both
- * sides of its copy of the page; and while a thread of the VM's process does.
- * Look at the ratios: the second is what a busy machine costs, the third to the
- * second is what the invalidations cost.  They are taken in turn, ten times.
- * The start of the process, which does concern the VM, is not measured.  With one
- * CPU only the first is.
+ * The time of a refresh, with alternating pages that are both present, so that no
+ * page fault and no TLB flush is measured:
+ *
+ * - idle: while nothing else happens;
+ * - busy: while another process, which has nothing to do with the VM, invalidates
+ *   its own pages on both sides of its copy of the page;
+ * - storm: while a thread of the VM's process invalidates these pages.
+ *
+ * Only ratios have a meaning: busy to idle is what a busy machine costs, storm to
+ * busy is what the invalidations cost.  The three are measured in turn, ten times,
+ * without the fork() that starts the other process.  With one CPU only idle is
+ * measured.
  */
 static void perf_refresh(void)
 {
@@ -1310,9 +1316,9 @@ static void usage(const char *name)
 {
 	printf("Usage: %s [-h] [-m MiB] [-n rounds] [scenario...]\n"
 	       "       %s -p [measurement...]\n"
-	       " -m: size of a large range (default: %lu)\n"
-	       " -p: measure: hooks (under icount, on one CPU), refresh (on two)\n"
-	       " -n: rounds of the scenarios that repeat something (default: %u)\n",
+	       " -m: size of the range of scenario large_range (default: %lu)\n"
+	       " -p: measure hooks (under icount, with one CPU) or refresh (with two CPUs)\n"
+	       " -n: rounds of the scenarios neighbours and remap (default: %u)\n",
 	       name, name, big_mib, nr_rounds);
 	exit(KSFT_FAIL);
 }

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Xen FIFO event channels
+ * Test Xen FIFO event channels
  *
- * Each case has a VM of its own; -t runs only the named one.  The consumer of
- * the queues is the same code in the guest, where upcalls wake it, and in the
- * host, where a case needs to know the order or to stop in between.
+ * Each case creates its own VM.  Option -t runs only one case.  The same code
+ * consumes the queues in the guest, where upcalls wake it, and in the host, where a
+ * case needs to check the order or to stop in the middle of a queue.
  *
- * With -p it only tells what the delivery of an event costs.
+ * With -p, the test only measures the cost of delivering an event.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <getopt.h>
@@ -41,11 +41,11 @@ struct control_block {
 	uint32_t head[NR_PRIORITIES];
 };
 
-/* Two vCPUs consume, the third one only sends. */
+/* Two vCPUs consume events, the third one only sends them. */
 #define NR_CONSUMERS		2
 #define NR_VCPUS		3
 
-/* Arbitrarily chosen, mapped one to one, outside of memslot 0. */
+/* Arbitrarily chosen, identity mapped, outside of memslot 0. */
 #define SHARED_GPA		0xc0000000
 #define SHARED_SLOT		10
 
@@ -54,14 +54,14 @@ enum {
 	VCPU_INFO_PAGE,
 	CONTROL_PAGE = VCPU_INFO_PAGE + NR_CONSUMERS,
 	ARRAY_PAGE = CONTROL_PAGE + NR_CONSUMERS,
-	/* How often each port was handled; for port 0, whether to stop. */
+	/* How often the guest handled each port; port 0 tells it to stop. */
 	HANDLED_PAGE = ARRAY_PAGE + NR_ARRAY_PAGES,
 	NR_SHARED_PAGES = HANDLED_PAGE + NR_ARRAY_PAGES,
 };
 
 #define PAGE_GPA(page)		(SHARED_GPA + (page) * PAGE_SIZE)
 
-/* Arbitrarily chosen, inside of its page. */
+/* Arbitrarily chosen, inside the page. */
 #define CONTROL_OFFSET		0x128
 
 /* What fifo_vm_create() sets up. */
@@ -90,7 +90,7 @@ static uint64_t random_next(uint64_t *state)
 }
 
 /*
- * The consumer
+ * Consumer, in guest and host
  */
 
 struct consumer {
@@ -110,7 +110,7 @@ static uint32_t clear_linked(uint32_t *word)
 	return old;
 }
 
-/* Returns whether the hypervisor has to be asked to deliver it. */
+/* Returns true if the port is pending, so that EVTCHNOP_unmask is needed. */
 static bool clear_masked(uint32_t *word)
 {
 	uint32_t old = READ_ONCE(*word);
@@ -122,7 +122,7 @@ static bool clear_masked(uint32_t *word)
 	return old & PENDING;
 }
 
-/* Take the next event, of the highest priority that there is; 0 if none. */
+/* Returns the port of the next event in order of priority, or 0 if there is none. */
 static uint32_t consume(struct consumer *c)
 {
 	uint32_t port, word;
@@ -165,9 +165,9 @@ static uint64_t event_channel_op(uint64_t op, uint32_t port)
 }
 
 /*
- * The upcall only ends a HLT, everything else happens with interrupts off.  It
- * must not return to a HLT that is still to come: an emulated CPU that exits
- * between STI and HLT may forget the interrupt shadow.
+ * Interrupts are off, except during HLT: all that an upcall does is end the HLT.
+ * An emulated CPU that exits between STI and HLT may lose the interrupt shadow and
+ * take the upcall before HLT.  So let the upcall skip a HLT that it would return to.
  */
 void guest_wait(void);
 void guest_hlt(void);
@@ -216,7 +216,7 @@ static void guest_main(uint64_t i)
 	GUEST_DONE();
 }
 
-/* Consume, and mask and unmask the ports in between. */
+/* Mask, consume, unmask and consume, for each port in turn. */
 static void guest_masker(uint64_t i, uint64_t first, uint64_t nr)
 {
 	struct consumer c = guest_consumer(i);
@@ -234,7 +234,7 @@ static void guest_masker(uint64_t i, uint64_t first, uint64_t nr)
 	GUEST_DONE();
 }
 
-/* Send to the ports in turn, once the event before was handled. */
+/* Send to each port in turn, after its previous event was handled. */
 static void guest_sender(uint64_t first, uint64_t nr, uint64_t events)
 {
 	uint64_t n;
@@ -257,7 +257,7 @@ static void guest_ops(void)
 		GUEST_SYNC(event_channel_op(args[0], args[1]));
 }
 
-/* The same by a 32-bit guest, and SCHEDOP_poll. */
+/* The same in 32-bit mode, and SCHEDOP_poll. */
 static void guest_ops32(void)
 {
 	uint32_t *args = (void *)PAGE_GPA(SHINFO_PAGE);
@@ -298,7 +298,7 @@ static void guest_nothing(void)
 	GUEST_DONE();
 }
 
-/* Do to the shared pages what no guest should. */
+/* Write to the shared pages what no guest should. */
 static void guest_hostile(uint64_t state, uint64_t i)
 {
 	struct control_block *control = (void *)PAGE_GPA(CONTROL_PAGE + i) + CONTROL_OFFSET;
@@ -308,14 +308,14 @@ static void guest_hostile(uint64_t state, uint64_t i)
 
 	while (!READ_ONCE(guest_handled[0])) {
 		r = random_next(&state);
-		/* Mostly few ports, which meet those that are sent to. */
+		/* Half of the time, use the few ports that events are sent to. */
 		port = (r >> 8) & (r & 0x80 ? NR_PORTS - 1 : 0x7f);
 
 		switch (r & 7) {
 		case 0:
 			WRITE_ONCE(guest_words[port], r >> 32);
 			break;
-		case 1:	/* to itself */
+		case 1:	/* linked to itself */
 			WRITE_ONCE(guest_words[port], PENDING | LINKED | port);
 			break;
 		case 2:
@@ -472,7 +472,7 @@ static struct fifo_vm *fifo_vm_create(void *guest_code, uint32_t setup)
 
 	TEST_ASSERT(f, "calloc() failed: %s", strerror(errno));
 	f->vm = vm_create_with_vcpus(NR_VCPUS, guest_code, f->vcpus);
-	/* Shared memory keeps its contents while it is made absent. */
+	/* Shared memory keeps its contents when a page is made absent. */
 	vm_userspace_mem_region_add(f->vm, VM_MEM_SRC_SHMEM, SHARED_GPA,
 				    SHARED_SLOT, NR_SHARED_PAGES, 0);
 	virt_map(f->vm, SHARED_GPA, SHARED_GPA, NR_SHARED_PAGES);
@@ -494,7 +494,7 @@ static struct fifo_vm *fifo_vm_create(void *guest_code, uint32_t setup)
 		vcpu_init_descriptor_tables(f->vcpus[i]);
 	for (i = 0; i < NR_CONSUMERS; i++)
 		set_vcpu_info(f, i, PAGE_GPA(VCPU_INFO_PAGE + i));
-	/* What KVM wrote there so far is of no interest. */
+	/* Discard what KVM has written so far. */
 	memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
 
 	if (setup & SETUP_MODE)
@@ -558,7 +558,7 @@ static int send_event(struct fifo_vm *f, uint32_t port, uint32_t vcpu_id,
 	return xen_send_event(f->vm, port, vcpu_id, priority);
 }
 
-/* One irqfd for each of the ports, in fds. */
+/* Create one irqfd per port and store it in fds. */
 static void irqfds_create(struct fifo_vm *f, const uint32_t *ports, int nr,
 			  int vcpu, uint32_t priority, int *fds)
 {
@@ -590,7 +590,7 @@ static void irqfds_destroy(struct fifo_vm *f, int nr, int *fds)
 		kvm_irqfd_destroy(f->vm, FIRST_GSI + i, fds[i]);
 }
 
-/* Have the guest's EVTCHNOP_send to the port deliver to it. */
+/* Let the guest's EVTCHNOP_send to the port deliver an event to the same port. */
 static int set_loopback(struct fifo_vm *f, uint32_t port, int vcpu,
 			uint32_t priority, uint32_t flags)
 {
@@ -609,7 +609,7 @@ static int set_loopback(struct fifo_vm *f, uint32_t port, int vcpu,
 	});
 }
 
-/* Run until the guest says something; hypercalls it made up fail. */
+/* Run until a ucall.  Hypercalls that KVM does not handle fail with -EINVAL. */
 static uint64_t run_vcpu(struct kvm_vcpu *vcpu, struct ucall *uc)
 {
 	for (;;) {
@@ -649,7 +649,7 @@ static void *sync_thread(void *vcpu)
 	return NULL;
 }
 
-/* The last port is for this: wake the guest and have it stop. */
+/* Tell the guest to stop, and wake it by an event of the last port. */
 static void stop_guest(struct fifo_vm *f, pthread_t *threads, int nr)
 {
 	int i;
@@ -662,7 +662,7 @@ static void stop_guest(struct fifo_vm *f, pthread_t *threads, int nr)
 	}
 }
 
-/* How many events were put into the vCPU's queues, in whatever context */
+/* The number of events that were appended to the vCPU's queues */
 static uint64_t nr_queued(struct fifo_vm *f, int i)
 {
 	return vcpu_get_stat(f->vcpus[i], "xen_fifo_fast") +
@@ -672,7 +672,7 @@ static uint64_t nr_queued(struct fifo_vm *f, int i)
 static void assert_word(struct fifo_vm *f, uint32_t port, uint32_t expected)
 {
 	TEST_ASSERT(READ_ONCE(*word(f, port)) == expected,
-		    "word of port %u is %#x, expected %#x", port,
+		    "event word of port %u is %#x, expected %#x", port,
 		    READ_ONCE(*word(f, port)), expected);
 }
 
@@ -680,12 +680,12 @@ static void assert_next(struct consumer *c, uint32_t expected)
 {
 	uint32_t port = consume(c);
 
-	TEST_ASSERT(port == expected, "port %u was next in the queues, expected %u",
+	TEST_ASSERT(port == expected, "next port in the queues is %u, expected %u",
 		    port, expected);
 }
 
 /*
- * Cases
+ * Test cases
  */
 
 static void test_ports_of(bool long_mode)
@@ -697,7 +697,7 @@ static void test_ports_of(bool long_mode)
 	set_long_mode(f, long_mode);
 	for (port = 1; port < NR_PORTS; port++) {
 		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
-		/* Again, which must not make a difference. */
+		/* A second event of a pending port must not change anything. */
 		if (port % 1000 == 0)
 			ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
 	}
@@ -711,8 +711,8 @@ static void test_ports_of(bool long_mode)
 
 	for (port = 0; port < NR_PORTS; port++)
 		assert_word(f, port, 0);
-	/* A page that the host moves makes an event a slow one. */
-	pr_info("ports: %lu events queued at the first attempt, %lu by one that may sleep\n",
+	/* An event is slow if the host moves a page at that moment. */
+	pr_info("ports: %lu events queued at the first attempt, %lu by an attempt that can sleep\n",
 		vcpu_get_stat(f->vcpus[0], "xen_fifo_fast"),
 		vcpu_get_stat(f->vcpus[0], "xen_fifo_slow"));
 	ASSERT_EQ(nr_queued(f, 0), NR_PORTS - 1);
@@ -720,14 +720,14 @@ static void test_ports_of(bool long_mode)
 	fifo_vm_free(f);
 }
 
-/* Neither the number of ports nor the layout depends on the guest's mode. */
+/* The number of ports and the layout are the same in long mode and 32-bit mode. */
 static void test_ports(void)
 {
 	test_ports_of(true);
 	test_ports_of(false);
 }
 
-/* A 32-bit guest has the same words, and hypercalls of its own. */
+/* A 32-bit guest has the same event words, but different hypercalls. */
 static void test_32bit(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_ops32, SETUP_ALL);
@@ -752,7 +752,7 @@ static void test_32bit(void)
 	assert_word(f, port, MASKED | PENDING);
 	assert_next(&c, 0);
 
-	/* The poll ends at once, masked or not. */
+	/* The poll ends at once, although the port is masked. */
 	args[0] = SCHEDOP_poll;
 	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
 	args[1] = NR_PORTS;
@@ -784,7 +784,7 @@ static void test_priorities(void)
 			continue;
 		sent[priority][nr[priority]++] = port;
 
-		/* By the event's priority, and by that of the port. */
+		/* Either the event has the priority, or the port. */
 		if (i % 2) {
 			ASSERT_EQ(send_event(f, port, id, priority), 0);
 		} else {
@@ -799,7 +799,7 @@ static void test_priorities(void)
 	}
 	assert_next(&c, 0);
 
-	/* A queue that is behind waits for one that comes later. */
+	/* An event of higher priority overtakes a queue of lower priority. */
 	ASSERT_EQ(send_event(f, 1, id, 9), 0);
 	ASSERT_EQ(send_event(f, 2, id, 9), 0);
 	ASSERT_EQ(send_event(f, 3, id, 9), 0);
@@ -813,8 +813,9 @@ static void test_priorities(void)
 }
 
 /*
- * Producers send to ports of their own, to each again when the event before was
- * handled: what is lost stops them, what is doubled shows in the counts.
+ * Each producer sends to its own ports, and to a port again only after the guest has
+ * handled the previous event.  So a lost event stops the producer, and a duplicate
+ * makes the count too large.
  */
 #define PORTS_PER_PRODUCER	8
 
@@ -849,7 +850,7 @@ static void producer_send(struct producer *p, int i, uint64_t round)
 	}
 }
 
-/* The state of a port that stands still says a lot about what went wrong. */
+/* Print the state of a port that makes no progress, to help to find the cause. */
 static void report_stall(struct fifo_vm *f, uint32_t port, uint64_t round)
 {
 	struct kvm_xen_fifo_port_state s;
@@ -883,8 +884,8 @@ static void wait_for_handled(struct fifo_vm *f, uint32_t port, uint64_t round)
 }
 
 /*
- * Wait for a count to get where it ends.  That may take any time, but it may not
- * stand still for longer than the limit: returns whether it does not.
+ * Wait until a count reaches its end, for any time as long as the count increases.
+ * Returns false if it does not increase for WAIT_LIMIT_SECS.
  */
 static bool wait_for_count(const uint32_t *count, uint64_t end)
 {
@@ -929,7 +930,7 @@ static void producers_run(struct fifo_vm *f, const int *methods, int nr)
 
 		p->f = f;
 		p->method = methods[i];
-		/* Neighbours in a page and across its end. */
+		/* The ports are adjacent and cross the end of a page. */
 		p->first = (i + 1) * PORTS_PER_PAGE - PORTS_PER_PRODUCER / 2;
 		if (p->method == BY_IRQFD) {
 			for (j = 0; j < PORTS_PER_PRODUCER; j++)
@@ -1009,7 +1010,7 @@ static void test_soak(void)
 	producers_run(f, methods, ARRAY_SIZE(methods));
 	stop_guest(f, consumers, NR_CONSUMERS);
 	assert_counts(f, ARRAY_SIZE(methods));
-	pr_info("soak: %lu events, none lost, none doubled\n",
+	pr_info("soak: %lu events, none lost, none duplicated\n",
 		nr_events * ARRAY_SIZE(methods));
 	fifo_vm_free(f);
 }
@@ -1023,7 +1024,7 @@ static void test_mask(void)
 	vcpu_args_set(f->vcpus[0], 3, 0ul,
 		      (uint64_t)PORTS_PER_PAGE - PORTS_PER_PRODUCER / 2,
 		      (uint64_t)PORTS_PER_PRODUCER);
-	/* The ports of the first producer are masked now and then. */
+	/* The guest masks and unmasks the ports of the first producer. */
 	consumer = start_thread(vcpu_thread, f->vcpus[0]);
 	producers_run(f, methods, ARRAY_SIZE(methods));
 	WRITE_ONCE(*handled(f, 0), 1);
@@ -1039,7 +1040,7 @@ static void test_unmask(void)
 	uint32_t *args = shared_page(f, SHINFO_PAGE);
 	struct ucall uc;
 
-	/* A port that never saw an event is userspace's business. */
+	/* Userspace unmasks a port that has no vCPU, as it never had an event. */
 	args[0] = EVTCHNOP_unmask;
 	args[1] = 77;
 	vcpu_run(f->vcpus[2]);
@@ -1060,13 +1061,13 @@ static void test_unmask(void)
 	assert_next(&c, 77);
 	ASSERT_EQ(nr_queued(f, 0), 1);
 
-	/* Nothing pending, nothing delivered; the mask is gone. */
+	/* A port that is not pending is only unmasked. */
 	*word(f, 77) = MASKED;
 	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
 	assert_word(f, 77, 0);
 	assert_next(&c, 0);
 
-	/* Rebound while it was masked: to the new vCPU's queue. */
+	/* A port that was bound to another vCPU while it was masked */
 	*word(f, 77) = MASKED;
 	ASSERT_EQ(send_event(f, 77, f->vcpus[0]->id, PRIO_2LEVEL), 0);
 	ASSERT_EQ(set_port(f, 77, f->vcpus[1]->id, 2), 0);
@@ -1076,7 +1077,7 @@ static void test_unmask(void)
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(2));
 	assert_next(&c, 77);
 
-	/* A word on an absent page. */
+	/* The page of the event word is absent. */
 	*word(f, 77) = MASKED | PENDING;
 	make_absent(f, ARRAY_PAGE);
 	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
@@ -1092,7 +1093,7 @@ static void test_moves(void)
 	struct consumer c0 = host_consumer(f, 0), c1 = host_consumer(f, 1);
 	uint32_t id0 = f->vcpus[0]->id, id1 = f->vcpus[1]->id;
 
-	/* The tail of one queue goes to another, and both go on. */
+	/* Move the tail of one queue to another; both queues keep working. */
 	ASSERT_EQ(send_event(f, 1, id0, 7), 0);
 	ASSERT_EQ(send_event(f, 2, id0, 7), 0);
 	assert_next(&c0, 1);
@@ -1106,14 +1107,14 @@ static void test_moves(void)
 	assert_next(&c1, 4);
 	assert_next(&c1, 0);
 
-	/* Sent to elsewhere while it is queued: it stays where it is. */
+	/* A port that is already queued stays in its queue. */
 	ASSERT_EQ(send_event(f, 5, id0, 7), 0);
 	ASSERT_EQ(send_event(f, 5, id1, 3), 0);
 	assert_next(&c1, 0);
 	assert_next(&c0, 5);
 	assert_next(&c0, 0);
 
-	/* To another priority and back, consumed and not. */
+	/* Move ports between priorities, before and after others are consumed. */
 	ASSERT_EQ(send_event(f, 6, id0, 1), 0);
 	ASSERT_EQ(send_event(f, 7, id0, 1), 0);
 	assert_next(&c0, 6);
@@ -1143,9 +1144,9 @@ static void test_absent(void)
 		if (irqfd)
 			irqfds_create(f, &port, 1, 0, 7, &fd);
 
-		/* Where the queue is empty, and where there is a tail. */
+		/* With an empty queue, and with a tail in another page. */
 		for (i = 0; i < ARRAY_SIZE(pages) * 2; i++) {
-			/* Without a tail in it, a page may still be absent. */
+			/* Without a tail, the tail's page stays absent. */
 			linked = i % 2;
 			if (linked) {
 				min_slow += pages[i / 2] == ARRAY_PAGE + 2;
@@ -1173,20 +1174,21 @@ static void test_absent(void)
 			irqfds_destroy(f, 1, &fd);
 
 		/*
-		 * All but that of vcpu_info, and the tail's where there is none.
-		 * The host may have moved others.
+		 * Each event whose page was absent, except that an absent
+		 * vcpu_info makes none slow, nor does the tail's page if there is
+		 * no tail.  More events are slow if the host moves pages.
 		 */
 		min_slow += 5;
 		slow = vcpu_get_stat(f->vcpus[0], "xen_fifo_slow");
 		TEST_ASSERT(slow >= min_slow && slow <= sent,
-			    "%lu events were queued by an attempt that may sleep, expected %lu to %lu",
+			    "%lu events were queued by an attempt that can sleep, expected %lu to %lu",
 			    slow, min_slow, sent);
 		ASSERT_EQ(nr_queued(f, 0), sent);
 	}
 	fifo_vm_free(f);
 }
 
-/* An upcall that finds no vcpu_info is delivered when there is one. */
+/* An upcall without vcpu_info is delivered when the vcpu_info is set. */
 static void test_upcall(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
@@ -1205,7 +1207,7 @@ static void test_upcall(void)
 	ASSERT_EQ(run_vcpu(f->vcpus[0], &uc), UCALL_DONE);
 	ASSERT_EQ(*handled(f, 55), 1);
 
-	/* So it is when the state is saved. */
+	/* Reading the tails delivers it, too. */
 	make_absent(f, VCPU_INFO_PAGE);
 	ASSERT_EQ(send_event(f, 55, f->vcpus[0]->id, 7), 0);
 	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 0);
@@ -1215,8 +1217,11 @@ static void test_upcall(void)
 	fifo_vm_free(f);
 }
 
-/* What arrives before its page waits for it; without control block it is lost. */
-static void test_waiting(void)
+/*
+ * An event is deferred until its array page is set.  An event for a vCPU without
+ * control block is dropped.
+ */
+static void test_deferred(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
 	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17, port2 = port1 + PORTS_PER_PAGE;
@@ -1246,7 +1251,7 @@ static void test_waiting(void)
 	assert_next(&c, port1);
 	assert_next(&c, 0);
 
-	/* While a VM is restored, before the state of its port is. */
+	/* An event during the restore of a VM, before the state of its port */
 	ASSERT_EQ(send_event(f, port2, id, PRIO_2LEVEL), 0);
 	ASSERT_EQ(set_states(f, port2, 1, &state), 0);
 	ASSERT_EQ(get_states(f, port2, 1, &state), 0);
@@ -1259,7 +1264,7 @@ static void test_waiting(void)
 	assert_next(&c, port2);
 	assert_next(&c, 0);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
-	/* One of each port, whether it had to wait or not */
+	/* One event of each port, deferred or not */
 	ASSERT_EQ(nr_queued(f, 0), 3);
 	fifo_vm_free(f);
 }
@@ -1272,7 +1277,7 @@ static void copy_state(struct fifo_vm *from, struct fifo_vm *to)
 	uint32_t port, nr;
 	int i;
 
-	/* What is owed is written when the tails are read: memory comes last. */
+	/* Reading the tails may write to guest memory, so copy the memory later. */
 	ASSERT_EQ(set_mode(to, KVM_XEN_EVTCHN_MODE_FIFO), 0);
 	for (i = 0; i < NR_CONSUMERS; i++) {
 		attr = (struct kvm_xen_vcpu_attr) {
@@ -1321,7 +1326,7 @@ static void test_migration(void)
 		ASSERT_EQ(send_event(from, ports[i], id, PRIO_2LEVEL), 0);
 	assert_next(&c, ports[0]);
 	assert_next(&c, ports[1]);
-	/* One that is masked, one that has no page, one in another queue. */
+	/* One port is masked, one has no page, one is in another vCPU's queue. */
 	*word(from, 77) = MASKED;
 	ASSERT_EQ(send_event(from, 77, id, 3), 0);
 	ASSERT_EQ(send_event(from, last, id, 9), 0);
@@ -1352,7 +1357,7 @@ static void test_migration(void)
 	fifo_vm_free(to);
 }
 
-/* The last event of a queue was consumed: its port is the tail all the same. */
+/* The port of the last event is still the tail after it was consumed. */
 static void test_migration_of_consumed_tail(void)
 {
 	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_ALL);
@@ -1368,7 +1373,7 @@ static void test_migration_of_consumed_tail(void)
 	fifo_vm_free(from);
 	c = host_consumer(to, 0);
 
-	/* Without "last" port 2 would be linked to where the guest left. */
+	/* Without last_vcpu, port 2 would be linked to port 1, in the other queue. */
 	ASSERT_EQ(send_event(to, 1, to->vcpus[1]->id, 7), 0);
 	ASSERT_EQ(send_event(to, 2, id, 7), 0);
 	assert_next(&c, 2);
@@ -1377,8 +1382,9 @@ static void test_migration_of_consumed_tail(void)
 }
 
 /*
- * Of an upcall to a vCPU that had no vcpu_info before the VM moved, only the
- * queue is left, in guest memory: a vCPU with one that is not empty gets an upcall.
+ * If the VM is migrated while a vCPU has no vcpu_info, the only trace of its upcall
+ * is the ready bit of the queue in guest memory.  A vCPU with such a queue gets the
+ * upcall on the destination.
  */
 static void test_migration_no_vcpu_info(void)
 {
@@ -1406,7 +1412,7 @@ static void test_migration_no_vcpu_info(void)
 	ASSERT_EQ(*handled(to, 55), 1);
 	fifo_vm_free(to);
 
-	/* It makes no difference which of the two userspace restores first. */
+	/* The control block can also be set after the vcpu_info. */
 	to = fifo_vm_create(guest_nothing, SETUP_MODE);
 	control(to, 0)->head[7] = 55;
 	control(to, 0)->ready = BIT(7);
@@ -1438,7 +1444,7 @@ static void test_reset(void)
 		ASSERT_EQ(send_event(f, 5000, id, PRIO_2LEVEL), EINVAL);
 		memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
 
-		/* Nothing is left of what was. */
+		/* Nothing of the old state is left. */
 		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
 		ASSERT_EQ(get_vm_attr(f, &attr), 0);
 		ASSERT_EQ(attr.u.evtchn_mode.mode, KVM_XEN_EVTCHN_MODE_FIFO);
@@ -1462,7 +1468,7 @@ static void *reset_thread(void *data)
 	return NULL;
 }
 
-/* Events while the mode changes; what becomes of them is nobody's business. */
+/* Send events while the mode changes.  They may be lost. */
 static void test_reset_race(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
@@ -1483,7 +1489,7 @@ static void test_poll(void)
 	uint32_t port = 70000;
 	pthread_t thread;
 
-	/* Pending already, and then by an event that is masked. */
+	/* First the port is already pending; then a masked event ends the poll. */
 	vcpu_args_set(f->vcpus[0], 1, (uint64_t)port);
 	*word(f, port) = PENDING | MASKED;
 	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[0]), 0);
@@ -1508,8 +1514,9 @@ static void set_timer(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer,
 }
 
 /*
- * Has the timer's interrupt queued the event?  If the host moves a page just then
- * it leaves that to the vCPU, which does not run here: set the timer once more.
+ * Returns true if the timer's interrupt has queued the event.  If the host moves a
+ * page at that moment, the interrupt leaves the event to the vCPU, which does not run
+ * here.  Set the timer again in this case.
  */
 static bool timer_has_queued(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer)
 {
@@ -1539,20 +1546,20 @@ static void test_timer(void)
 	};
 	pthread_t thread;
 
-	/* By the interrupt; it is over when the timer has been stopped. */
+	/* The interrupt delivers the event; stopping the timer waits for it. */
 	set_timer(f, &timer, xen_guest_clock(f->vm) + 1000000);
 	wait_for(timer_has_queued(f, &timer));
 	set_timer(f, &timer, 0);
 	assert_word(f, TIMER_PORT, PENDING | LINKED);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(2));
-	/* The upcall may be owed for the same reason, this writes it. */
+	/* For the same reason the upcall may be only noted; this writes it. */
 	ASSERT_EQ(get_vcpu_attr(f, 0, &info), 0);
 	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
 	assert_next(&c, TIMER_PORT);
 	assert_next(&c, 0);
 	vcpu_info(f, 0)->evtchn_upcall_pending = 0;
 
-	/* By the ioctl, as the deadline has passed. */
+	/* The ioctl delivers the event, because the deadline has passed. */
 	vcpu_args_set(f->vcpus[0], 1, 0ul);
 	set_timer(f, &timer, 1);
 	thread = start_thread(vcpu_thread, f->vcpus[0]);
@@ -1588,7 +1595,7 @@ static void test_dirty_log(void)
 			    "page %d is%s dirty", i, expected ? " not" : "");
 	}
 
-	/* Linked to from another page. */
+	/* Link the port from an event word in another page. */
 	ASSERT_EQ(send_event(f, 1, f->vcpus[0]->id, 7), 0);
 	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
 	for (i = ARRAY_PAGE; i < HANDLED_PAGE; i++) {
@@ -1631,7 +1638,7 @@ static void test_hostile(void)
 	pthread_t threads[2], vcpus[NR_CONSUMERS];
 	int i;
 
-	/* One control block in an array page, one array page is the other's. */
+	/* One control block is in an array page; the other's page is an array page. */
 	ASSERT_EQ(set_control(f, 0, PAGE_GPA(ARRAY_PAGE) + 64), 0);
 	ASSERT_EQ(set_control(f, 1, control_gpa(1)), 0);
 	ASSERT_EQ(set_array_page(f, 0), 0);
@@ -1650,7 +1657,7 @@ static void test_hostile(void)
 	}
 	for (i = 0; i < 2; i++) {
 		TEST_ASSERT(wait_for_count(&senders[i].sent, nr_events * 10),
-			    "sender %d stands still after %u events, expected %lu",
+			    "sender %d makes no progress after %u events, expected %lu",
 			    i, senders[i].sent, nr_events * 10);
 		join_thread(threads[i], "sender");
 	}
@@ -1660,7 +1667,7 @@ static void test_hostile(void)
 	fifo_vm_free(f);
 }
 
-/* What KVM accepts or refuses depends on the mode when the event comes. */
+/* KVM checks port and priority against the mode when an event is sent. */
 static void test_wrong_mode(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_ops, 0);
@@ -1669,7 +1676,7 @@ static void test_wrong_mode(void)
 	struct ucall uc;
 	int fd;
 
-	/* Set up in 2-level mode, where it cannot work. */
+	/* Set up in 2-level mode, in which the events fail. */
 	irqfds_create(f, &port, 1, 0, 3, &fd);
 	ASSERT_EQ(set_loopback(f, port, 0, 4, 0), 0);
 	ASSERT_EQ(set_loopback(f, port, 0, 5, KVM_XEN_EVTCHN_UPDATE), 0);
@@ -1701,7 +1708,7 @@ static void test_wrong_mode(void)
 	fifo_vm_free(f);
 }
 
-/* One misuse each; the state must be as it was. */
+/* Each misuse fails and changes nothing. */
 static void test_errors(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, 0);
@@ -1725,7 +1732,7 @@ static void test_errors(void)
 	};
 	uint32_t id = f->vcpus[0]->id;
 
-	/* The flag needs another one, and is needed for everything else. */
+	/* The flag requires another flag; all attributes require the flag. */
 	ASSERT_EQ(set_config(f, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 				KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), EINVAL);
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS), 0);
@@ -1742,7 +1749,7 @@ static void test_errors(void)
 	ASSERT_EQ(set_vcpu_attr(f, 0, timer), EINVAL);
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), 0);
 
-	/* The mode comes before the rest. */
+	/* All other attributes require the mode. */
 	ASSERT_EQ(set_array_page(f, 0), ENXIO);
 	ASSERT_EQ(set_port(f, 1, id, 7), ENXIO);
 	ASSERT_EQ(set_states(f, 1, 1, &state), ENXIO);
@@ -1766,7 +1773,7 @@ static void test_errors(void)
 	ASSERT_EQ(set_vm_attr(f, mode), EEXIST);
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS), EBUSY);
 
-	/* Tails need the control block. */
+	/* The tails require the control block. */
 	ASSERT_EQ(set_vcpu_attr(f, 0, tails), ENXIO);
 	ASSERT_EQ(get_vcpu_attr(f, 0, &tails), ENXIO);
 	ASSERT_EQ(set_control(f, 0, control_gpa(0) + 4), EINVAL);
@@ -1839,7 +1846,7 @@ do {										\
 	timer.u.timer.priority = 16;
 	ASSERT_EQ(set_vcpu_attr(f, 0, timer), EINVAL);
 
-	/* The page of the word goes: the event cannot be delivered. */
+	/* Remove the page of the event word from guest memory. */
 	vm_mem_region_delete(f->vm, SHARED_SLOT);
 	ASSERT_EQ(send_event(f, 1, id, 7), EFAULT);
 	fifo_vm_free(f);
@@ -1849,7 +1856,7 @@ do {										\
  * Performance
  */
 
-/* Sends to the ports from first in steps, without waiting. */
+/* Send to nr ports, step apart, without waiting. */
 static void guest_burst(uint64_t nr, uint64_t step)
 {
 	uint64_t i;
@@ -1894,7 +1901,7 @@ static void measure(bool fifo, int method, uint64_t nr, uint64_t step)
 		irqfds_create(f, ports, nr, 0, PRIO_2LEVEL, fds);
 	vcpu_args_set(f->vcpus[2], 2, nr, step);
 
-	/* The first round warms up. */
+	/* Do not measure the first round, which maps the pages. */
 	for (round = 0; round <= rounds; round++) {
 		start = now_ns();
 		switch (method) {
@@ -1953,7 +1960,7 @@ static const struct {
 	{ "32bit", test_32bit },
 	{ "priorities", test_priorities },
 	{ "moves", test_moves },
-	{ "waiting", test_waiting },
+	{ "deferred", test_deferred },
 	{ "absent", test_absent },
 	{ "upcall", test_upcall },
 	{ "unmask", test_unmask },
@@ -1975,8 +1982,10 @@ static void print_usage(const char *name)
 	int i;
 
 	printf("usage: %s [-t CASE] [-n EVENTS] [-s SEED] [-p]\n"
-	       "  -n  events of each producer of mask and soak, a tenth of those of hostile\n"
-	       "  -p  only tell what deliveries cost\n"
+	       "  -n  number of events of each producer in mask and soak; hostile sends\n"
+	       "      ten times as many\n"
+	       "  -p  only measure the cost of deliveries\n"
+	       "  -s  seed for random choices\n"
 	       "  -t  run only this case, one of:", name);
 	for (i = 0; i < ARRAY_SIZE(cases); i++)
 		printf(" %s", cases[i].name);

@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Delivery of Xen event channels
+ * Test the delivery of Xen event channels.
  *
- * Each case has a VM of its own; -t runs only the named one.  Most of them do
- * not need the guest to run: the host sends, and looks for the bits in the
- * shared pages, which are one page for each structure, so that each of them
- * can be made absent.  -n is for those that provoke a race: how many times.
+ * Each case creates its own VM; -t runs one case.  In most cases, the guest does
+ * not run: the host sends events and checks the bits in the shared pages.  Each
+ * shared structure has a page of its own, so that each can be made absent.
+ * -n sets how often a case that provokes a race tries to.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
@@ -32,10 +32,10 @@
 
 enum {
 	SHINFO_PAGE,
-	VCPU_INFO_PAGE,		/* and that of the second vCPU */
+	VCPU_INFO_PAGE,		/* one page for each of two vCPUs */
 	TIME_INFO_PAGE = VCPU_INFO_PAGE + 2,
 	NR_SHARED_PAGES,
-	ARGS_PAGES = NR_SHARED_PAGES,	/* the first and the last of three */
+	ARGS_PAGES = NR_SHARED_PAGES,	/* three pages, the middle one is unused */
 	NR_PAGES = ARGS_PAGES + 3,
 };
 
@@ -100,7 +100,7 @@ static void set_vcpu_info(struct xen_vm *x, int i)
 	}), 0);
 }
 
-/* A VM with a shared_info page, and no vcpu_info yet. */
+/* Creates a VM with a shared_info page and without vcpu_info. */
 static struct xen_vm *xen_vm_create(void *guest_code, uint32_t flags)
 {
 	struct kvm_xen_hvm_config config = {
@@ -195,7 +195,7 @@ static void clear_pages(struct xen_vm *x)
 	memset(x->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
 }
 
-/* Nothing is in the page until somebody touches it, then zeroes. */
+/* Unmaps the page in userspace; an access maps a page of zeroes. */
 static void make_absent(struct xen_vm *x, int page)
 {
 	TEST_ASSERT(!madvise(shared_page(x, page), PAGE_SIZE, MADV_DONTNEED),
@@ -208,7 +208,7 @@ static int send_by_ioctl(struct xen_vm *x, uint32_t port, int vcpu)
 			      KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL);
 }
 
-/* Returns an irqfd that sends to the port. */
+/* Returns an eventfd that sends to the port. */
 static int irqfd_create(struct xen_vm *x, uint32_t port, int vcpu)
 {
 	struct {
@@ -236,7 +236,7 @@ static void irqfd_destroy(struct xen_vm *x, int fd)
 	kvm_irqfd_destroy(x->vm, GSI, fd);
 }
 
-/* The irqfd does its work at once, unless a page is absent. */
+/* The event is delivered before this returns, unless a page is absent. */
 static void send_by_irqfd(struct xen_vm *x, uint32_t port, int vcpu)
 {
 	int fd = irqfd_create(x, port, vcpu);
@@ -256,7 +256,7 @@ static void assert_untouched(struct xen_vm *x, uint32_t port, const char *how)
 	}
 }
 
-/* What KVM writes at any time, whether there are events or not. */
+/* Clears the clocks, which KVM writes independently of events. */
 static void clear_times(struct xen_vm *x)
 {
 	uint8_t *shinfo = shared_page(x, SHINFO_PAGE);
@@ -272,7 +272,7 @@ static void clear_times(struct xen_vm *x)
 		memset(vcpu_info(x, i)->time, 0, sizeof(vcpu_info(x, i)->time));
 }
 
-/* No bit is set in the shared pages but those of the port and of its vCPU. */
+/* Only the bits of the port and of its vCPU may be set in the shared pages. */
 static void assert_nothing_else(struct xen_vm *x, uint32_t port, int vcpu,
 				const char *how)
 {
@@ -315,7 +315,7 @@ static void guest_nothing(void)
 	GUEST_DONE();
 }
 
-/* A port of the guest whose EVTCHNOP_send goes to a port of the same guest. */
+/* Makes EVTCHNOP_send to send_port deliver an event to port. */
 static int set_send_port(struct xen_vm *x, uint32_t send_port, uint32_t flags,
 			 uint32_t port, int vcpu)
 {
@@ -334,7 +334,7 @@ static int set_send_port(struct xen_vm *x, uint32_t send_port, uint32_t flags,
 	});
 }
 
-/* Sends to the port that the host left in memory. */
+/* The port that the guest sends to, set by the host. */
 static uint32_t guest_send_port;
 
 static void guest_send(void)
@@ -351,7 +351,7 @@ static void test_port(struct xen_vm *x, uint32_t port)
 	int vcpu;
 
 	for (vcpu = 0; vcpu < 2; vcpu++) {
-		/* For the ioctl, not for a route, port 0 is no port at all. */
+		/* The ioctl refuses port 0, a route does not. */
 		clear_pages(x);
 		ASSERT_EQ(send_by_ioctl(x, port, vcpu), valid && port ? 0 : EINVAL);
 		if (valid && port)
@@ -369,7 +369,7 @@ static void test_port(struct xen_vm *x, uint32_t port)
 	if (!valid || !port)
 		return;
 
-	/* One more event does not raise anything, a masked one no upcall. */
+	/* A port that is pending already, and a masked port, raise no upcall. */
 	vcpu_info(x, 1)->evtchn_upcall_pending = 0;
 	ASSERT_EQ(send_by_ioctl(x, port, 1), 0);
 	ASSERT_EQ(vcpu_info(x, 1)->evtchn_upcall_pending, 0);
@@ -384,7 +384,7 @@ static void test_port(struct xen_vm *x, uint32_t port)
 	assert_nothing_else(x, port, 0, "ioctl, masked");
 }
 
-/* Both modes, the first and the last ports, and the first that are none. */
+/* Tests the first and last ports and the numbers around them in both modes. */
 static void test_delivery(void)
 {
 	static const uint32_t ports[] = {
@@ -411,7 +411,7 @@ static void test_delivery(void)
 	xen_vm_free(x);
 }
 
-/* The irqfd's worker, and the sender itself, bring back an absent page. */
+/* An absent page is brought back by the irqfd's worker or by the sender. */
 static void test_absent_pages(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
@@ -429,7 +429,7 @@ static void test_absent_pages(void)
 	ASSERT_EQ(send_by_ioctl(x, 5, 0), 0);
 	assert_delivered(x, 5, 0, "ioctl");
 
-	/* Absent vcpu_info: it is written once the vCPU runs. */
+	/* An absent vcpu_info is written when the vCPU runs. */
 	clear_pages(x);
 	make_absent(x, VCPU_INFO_PAGE);
 	ASSERT_EQ(send_by_ioctl(x, 5, 0), 0);
@@ -439,7 +439,7 @@ static void test_absent_pages(void)
 	xen_vm_free(x);
 }
 
-/* Who touches the page waits until uffd_resolve(). */
+/* An access to the page waits until uffd_resolve(). */
 static int uffd_create(void *page)
 {
 	struct uffdio_api api = { .api = UFFD_API };
@@ -480,7 +480,7 @@ static void *thread_run_to_sync(void *vcpu)
 	return (void *)vcpu_run_to_sync(vcpu);
 }
 
-/* Takes kvm->lock, and can do nothing once there are vCPUs. */
+/* Takes kvm->lock, and has no other effect if there are vCPUs. */
 static void *thread_set_boot_cpu_id(void *vm)
 {
 	return (void *)(long)(__vm_ioctl((struct kvm_vm *)vm, KVM_SET_BOOT_CPU_ID, NULL) ?
@@ -496,10 +496,10 @@ static void *thread_get_version(void *vm)
 }
 
 /*
- * A vCPU that sends an event and waits for the shared_info page to come back
- * is in an SRCU section, for which holders of kvm->lock wait: it must neither
- * wait for kvm->lock nor keep it from others.  Nor must it keep userspace from
- * Xen's attributes, which it may need in order to bring back the page.
+ * A vCPU that sends an event and waits for the shared_info page is in an SRCU
+ * section.  Holders of kvm->lock wait for the end of such sections, so the vCPU
+ * must neither wait for kvm->lock nor hold it.  Nor must it hold xen_lock, because
+ * userspace may need Xen attributes to provide the page.
  */
 static void test_kvm_lock(void)
 {
@@ -532,7 +532,7 @@ static void test_kvm_lock(void)
 	xen_vm_free(x);
 }
 
-/* Sends until the host sets guest_stop. */
+/* Set by the host to end guest_send_all_the_time(). */
 static bool guest_stop;
 
 static void guest_send_all_the_time(void)
@@ -548,7 +548,7 @@ static void stop_guest(struct xen_vm *x)
 	*(bool *)addr_gva2hva(x->vm, (vm_vaddr_t)&guest_stop) = true;
 }
 
-/* Runs the vCPU; hypercalls that KVM does not handle do nothing. */
+/* Runs the vCPU and ignores hypercalls that KVM does not handle. */
 static void *thread_run_with_hypercalls(void *arg)
 {
 	struct kvm_vcpu *vcpu = arg;
@@ -563,7 +563,7 @@ static void *thread_run_with_hypercalls(void *arg)
 	return NULL;
 }
 
-/* Arbitrarily chosen; large enough for the table to need a node of its own. */
+/* Arbitrarily chosen, large enough that the idr has a separate node for it. */
 #define RACE_SEND_PORT	700
 
 static bool race_stop;
@@ -581,7 +581,7 @@ static void *thread_update_port(void *arg)
 	return NULL;
 }
 
-/* Keeps the others waiting for the lock of the port table. */
+/* Takes xen_lock all the time, so that updates and deassignments wait for it. */
 static void *thread_get_attr(void *arg)
 {
 	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_LONG_MODE };
@@ -593,8 +593,8 @@ static void *thread_get_attr(void *arg)
 }
 
 /*
- * A port comes and goes while others update it and a vCPU sends to it.  It is
- * KASAN that sees whether anybody used the port after it was freed.
+ * A port is assigned and deassigned while other threads update it and a vCPU
+ * sends to it.  KASAN reports a use after free.
  */
 static void test_port_table(void)
 {
@@ -602,7 +602,7 @@ static void test_port_table(void)
 	pthread_t updaters[4], holder, vcpu;
 	int i;
 
-	/* What never was there. */
+	/* The errors, without a race */
 	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, 0), ENOENT);
 	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), ENOENT);
 	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), 0);
@@ -632,154 +632,6 @@ static void test_port_table(void)
 	xen_vm_free(x);
 }
 
-static void clear_event(struct xen_vm *x, uint32_t port)
-{
-	WRITE_ONCE(vcpu_info(x, 0)->evtchn_pending_sel, 0);
-	WRITE_ONCE(vcpu_info(x, 1)->evtchn_pending_sel, 0);
-	WRITE_ONCE(*(uint64_t *)(shared_page(x, SHINFO_PAGE) + XEN_SHINFO_PENDING +
-				 port / 64 * 8), 0);
-}
-
-static void wait_for_event(struct xen_vm *x)
-{
-	wait_for(pending_sel(x, 0) || pending_sel(x, 1));
-}
-
-/*
- * The target changes while a vCPU sends all the time.  What is sent after the
- * last change goes to the last target.
- */
-static void test_retarget(void)
-{
-	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send_all_the_time);
-	pthread_t vcpu;
-	int i, target;
-
-	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), 0);
-	guest_send_port = RACE_SEND_PORT;
-	sync_global_to_guest(x->vm, guest_send_port);
-	vcpu = start_thread(thread_run_with_hypercalls, x->vcpus[0]);
-
-	for (i = 0; i < nr_races; i++) {
-		target = i & 1;
-		clear_event(x, 8);
-		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, !target), 0);
-		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, target), 0);
-
-		/* The first may have been on its way during the update. */
-		wait_for_event(x);
-		clear_event(x, 8);
-		wait_for_event(x);
-		clear_event(x, 8);
-		wait_for_event(x);
-		TEST_ASSERT(!pending_sel(x, !target),
-			    "update %d: event for vCPU %d, expected vCPU %d",
-			    i, !target, target);
-	}
-
-	stop_guest(x);
-	join_thread(vcpu, "sender");
-	xen_vm_free(x);
-}
-
-static struct {
-	uint64_t ports;
-	uint32_t nr_ports;
-	uint64_t timeout;
-} guest_poll;
-
-static uint32_t guest_poll_port;
-
-static void guest_poll_one(void)
-{
-	guest_poll.ports = (uint64_t)&guest_poll_port;
-	guest_poll.nr_ports = 1;
-	GUEST_SYNC(xen_hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
-				 (uint64_t)&guest_poll));
-}
-
-static void *thread_add_memslot(void *vm)
-{
-	/* Arbitrarily chosen, behind the shared pages. */
-	vm_userspace_mem_region_add((struct kvm_vm *)vm, VM_MEM_SRC_ANONYMOUS,
-				    PAGE_GPA(NR_PAGES), SHARED_SLOT + 1, 1, 0);
-	return NULL;
-}
-
-/* The memslots can be changed while a vCPU polls an event that does not come. */
-static void test_poll_memslot(void)
-{
-	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
-	pthread_t vcpu;
-
-	guest_poll_port = 8;
-	sync_global_to_guest(x->vm, guest_poll_port);
-	mask_port(x, 8);
-	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
-	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
-	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
-
-	join_thread(start_thread(thread_add_memslot, x->vm),
-		    "KVM_SET_USER_MEMORY_REGION");
-
-	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
-	ASSERT_EQ(join_thread(vcpu, "SCHEDOP_poll"), 0);
-	xen_vm_free(x);
-}
-
-static long unreclaimable_kib(void)
-{
-	FILE *f = fopen("/proc/meminfo", "r");
-	char line[128];
-	long kib = -1;
-
-	TEST_ASSERT(f, "cannot open /proc/meminfo: %s", strerror(errno));
-	while (kib < 0 && fgets(line, sizeof(line), f))
-		sscanf(line, "SUnreclaim: %ld kB", &kib);
-	fclose(f);
-	TEST_ASSERT(kib >= 0, "no SUnreclaim in /proc/meminfo");
-	return kib;
-}
-
-/* A hypercall page that userspace provides costs no memory once it is written. */
-static void test_hypercall_page(void)
-{
-	const long nr_writes = 8192, written = nr_writes * (long)PAGE_SIZE / 1024;
-	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
-	uint8_t *page = shared_page(x, TIME_INFO_PAGE);
-	struct kvm_xen_hvm_config config = {
-		.msr = XEN_HYPERCALL_MSR,
-		.blob_size_64 = 1,
-	};
-	long before, leaked;
-	uint8_t *blob;
-	int i;
-
-	blob = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
-		    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	TEST_ASSERT(blob != MAP_FAILED, "mmap() failed: %s", strerror(errno));
-	memset(blob, 0x5a, PAGE_SIZE);
-	config.blob_addr_64 = (uintptr_t)blob;
-	vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config);
-
-	before = unreclaimable_kib();
-	for (i = 0; i < nr_writes; i++)
-		vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
-	leaked = unreclaimable_kib() - before;
-
-	TEST_ASSERT(!memcmp(page, blob, PAGE_SIZE), "hypercall page not written");
-	/*
-	 * A kernel that looks for leaks itself finds this one, and may keep
-	 * what was freed for a while, in order to see whether it is used.
-	 */
-	TEST_ASSERT(leaked < written / 2 || !access("/sys/kernel/debug/kmemleak", F_OK),
-		    "%ld KiB of kernel memory gone after %ld KiB were written",
-		    leaked, written);
-
-	munmap(blob, PAGE_SIZE);
-	xen_vm_free(x);
-}
-
 static void *thread_change_mode(void *arg)
 {
 	struct xen_vm *x = arg;
@@ -799,10 +651,10 @@ static struct kvm_xen_vcpu_attr get_vcpu_attr(struct kvm_vcpu *vcpu, uint16_t ty
 }
 
 /*
- * The mode changes while the host sends to ports that only long mode has.  If
- * the vcpu_info is absent, KVM notes down which words of the bitmap to look at;
- * with a word of 32 ports these would be behind the end of its note, where the
- * vCPU's Xen ID is.
+ * The mode changes while the host sends to ports that only long mode has.  The
+ * vcpu_info is absent, so KVM records the words of the bitmap in a field of 64
+ * bits.  If it computes the number of the word with 32 ports per word, it sets a
+ * bit behind that field, in the vCPU's Xen ID.
  */
 static void test_mode_race(void)
 {
@@ -832,7 +684,155 @@ static void test_mode_race(void)
 	xen_vm_free(x);
 }
 
-/* Two pages in a row for the guest that are none in its memory. */
+static long unreclaimable_kib(void)
+{
+	FILE *f = fopen("/proc/meminfo", "r");
+	char line[128];
+	long kib = -1;
+
+	TEST_ASSERT(f, "cannot open /proc/meminfo: %s", strerror(errno));
+	while (kib < 0 && fgets(line, sizeof(line), f))
+		sscanf(line, "SUnreclaim: %ld kB", &kib);
+	fclose(f);
+	TEST_ASSERT(kib >= 0, "no SUnreclaim in /proc/meminfo");
+	return kib;
+}
+
+/* Writes of a hypercall page that userspace provides must not leak memory. */
+static void test_hypercall_page(void)
+{
+	const long nr_writes = 8192, written = nr_writes * (long)PAGE_SIZE / 1024;
+	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
+	uint8_t *page = shared_page(x, TIME_INFO_PAGE);
+	struct kvm_xen_hvm_config config = {
+		.msr = XEN_HYPERCALL_MSR,
+		.blob_size_64 = 1,
+	};
+	long before, leaked;
+	uint8_t *blob;
+	int i;
+
+	blob = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(blob != MAP_FAILED, "mmap() failed: %s", strerror(errno));
+	memset(blob, 0x5a, PAGE_SIZE);
+	config.blob_addr_64 = (uintptr_t)blob;
+	vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config);
+
+	before = unreclaimable_kib();
+	for (i = 0; i < nr_writes; i++)
+		vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	leaked = unreclaimable_kib() - before;
+
+	TEST_ASSERT(!memcmp(page, blob, PAGE_SIZE), "hypercall page not written");
+	/*
+	 * A debug kernel keeps freed memory for a while to detect its use, so
+	 * the amount says nothing there.  kmemleak reports the leak instead.
+	 */
+	TEST_ASSERT(leaked < written / 2 || !access("/sys/kernel/debug/kmemleak", F_OK),
+		    "%ld KiB of kernel memory gone after %ld KiB were written",
+		    leaked, written);
+
+	munmap(blob, PAGE_SIZE);
+	xen_vm_free(x);
+}
+
+static struct {
+	uint64_t ports;
+	uint32_t nr_ports;
+	uint64_t timeout;
+} guest_poll;
+
+static uint32_t guest_poll_port;
+
+static void guest_poll_one(void)
+{
+	guest_poll.ports = (uint64_t)&guest_poll_port;
+	guest_poll.nr_ports = 1;
+	GUEST_SYNC(xen_hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll,
+				 (uint64_t)&guest_poll));
+}
+
+static void *thread_add_memslot(void *vm)
+{
+	/* Arbitrarily chosen, after the shared pages. */
+	vm_userspace_mem_region_add((struct kvm_vm *)vm, VM_MEM_SRC_ANONYMOUS,
+				    PAGE_GPA(NR_PAGES), SHARED_SLOT + 1, 1, 0);
+	return NULL;
+}
+
+/* Memslots can be changed while a vCPU polls for an event that does not come. */
+static void test_poll_memslot(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
+	pthread_t vcpu;
+
+	guest_poll_port = 8;
+	sync_global_to_guest(x->vm, guest_poll_port);
+	mask_port(x, 8);
+	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
+	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
+	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
+
+	join_thread(start_thread(thread_add_memslot, x->vm),
+		    "KVM_SET_USER_MEMORY_REGION");
+
+	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
+	ASSERT_EQ(join_thread(vcpu, "SCHEDOP_poll"), 0);
+	xen_vm_free(x);
+}
+
+static void clear_event(struct xen_vm *x, uint32_t port)
+{
+	WRITE_ONCE(vcpu_info(x, 0)->evtchn_pending_sel, 0);
+	WRITE_ONCE(vcpu_info(x, 1)->evtchn_pending_sel, 0);
+	WRITE_ONCE(*(uint64_t *)(shared_page(x, SHINFO_PAGE) + XEN_SHINFO_PENDING +
+				 port / 64 * 8), 0);
+}
+
+static void wait_for_event(struct xen_vm *x)
+{
+	wait_for(pending_sel(x, 0) || pending_sel(x, 1));
+}
+
+/*
+ * The target changes while a vCPU keeps sending.  Events that are sent after the
+ * change must go to the new target.
+ */
+static void test_retarget(void)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send_all_the_time);
+	pthread_t vcpu;
+	int i, target;
+
+	ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, 0, 8, 0), 0);
+	guest_send_port = RACE_SEND_PORT;
+	sync_global_to_guest(x->vm, guest_send_port);
+	vcpu = start_thread(thread_run_with_hypercalls, x->vcpus[0]);
+
+	for (i = 0; i < nr_races; i++) {
+		target = i & 1;
+		clear_event(x, 8);
+		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, !target), 0);
+		ASSERT_EQ(set_send_port(x, RACE_SEND_PORT, KVM_XEN_EVTCHN_UPDATE, 8, target), 0);
+
+		/* The first event may have been sent before the update. */
+		wait_for_event(x);
+		clear_event(x, 8);
+		wait_for_event(x);
+		clear_event(x, 8);
+		wait_for_event(x);
+		TEST_ASSERT(!pending_sel(x, !target),
+			    "update %d: event for vCPU %d, expected vCPU %d",
+			    i, !target, target);
+	}
+
+	stop_guest(x);
+	join_thread(vcpu, "sender");
+	xen_vm_free(x);
+}
+
+/* Two pages that are adjacent in virtual, but not in physical memory. */
 #define ARGS_GVA		0xd0000000
 
 struct guest_hypercall {
@@ -870,7 +870,7 @@ static void set_guest_hypercall(struct xen_vm *x, bool compat, uint64_t nr,
 	};
 }
 
-/* Has the guest make a hypercall that KVM handles itself. */
+/* Makes the guest do a hypercall that KVM handles itself. */
 static int64_t make_hypercall(struct xen_vm *x, bool compat, uint64_t nr,
 			      uint64_t arg1, uint64_t arg2, uint64_t arg3)
 {
@@ -912,7 +912,7 @@ static void test_arguments_of(struct xen_vm *x, bool compat)
 	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
 
 	for (gva = end - 3 * PAGE_SIZE / 4; gva < end; gva += gva < end - 32 ? 64 : 1) {
-		/* ports[] crosses, or the structure does */
+		/* First ports[] crosses the page boundary, then the structure. */
 		poll.ports = gva;
 		compat_poll.ports = gva;
 		write_arg(x, gva, ports, sizeof(ports));
@@ -942,7 +942,7 @@ static void test_arguments_of(struct xen_vm *x, bool compat)
 	}
 	ASSERT_EQ(set_send_port(x, send_port, KVM_XEN_EVTCHN_DEASSIGN, 0, 0), 0);
 
-	/* What continues where nothing is. */
+	/* The argument extends into an unmapped page. */
 	gva = end + PAGE_SIZE - 2;
 	ASSERT_EQ(make_hypercall(x, compat, __HYPERVISOR_event_channel_op,
 				 EVTCHNOP_send, gva, 0), -EFAULT);
@@ -986,7 +986,7 @@ static int64_t set_singleshot_timer(struct xen_vm *x, bool compat, uint64_t gva)
 			      VCPUOP_set_singleshot_timer, vcpu_id, gva);
 }
 
-/* A 64-bit argument has padding at its end, which has to be there. */
+/* The padding at the end of a 64-bit argument must be mapped as well. */
 static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 {
 	const uint64_t end = ARGS_GVA + PAGE_SIZE;
@@ -995,7 +995,7 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 		uint64_t timeout;
 		uint32_t flags, pad;
 	} late = {
-		/* In 39 years, by bytes that all differ */
+		/* In 39 years, and all bytes differ */
 		.timeout = 0x1122334455667788, .flags = ~VCPU_SSHOTTMR_future,
 	}, past = {
 		.timeout = 1, .flags = ~VCPU_SSHOTTMR_future,
@@ -1011,7 +1011,7 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 		ASSERT_EQ(set_singleshot_timer(x, compat, gva), 0);
 		assert_deadline(x, compat, late.timeout);
 
-		/* The flag alone decides what becomes of a deadline that has passed. */
+		/* A deadline that has passed is refused only with the flag. */
 		write_arg(x, gva, &refused, len);
 		ASSERT_EQ(set_singleshot_timer(x, compat, gva), -ETIME);
 		assert_deadline(x, compat, late.timeout);
@@ -1023,7 +1023,7 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 		assert_deadline(x, compat, 0);
 	}
 
-	/* What continues where nothing is, even if that is but padding. */
+	/* The argument, or only its padding, extends into an unmapped page. */
 	gva = end + PAGE_SIZE - 12;
 	write_arg(x, gva, &late, 12);
 	ASSERT_EQ(set_singleshot_timer(x, compat, gva), compat ? 0 : -EFAULT);
@@ -1032,7 +1032,7 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 	assert_deadline(x, compat, compat ? late.timeout : 0);
 }
 
-/* Arguments of hypercalls in 64-bit and in 32-bit code, anywhere. */
+/* Places arguments of 64-bit and 32-bit hypercalls around a page boundary. */
 static void test_arguments(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
@@ -1066,14 +1066,14 @@ static void *thread_run_until_signal(void *vcpu)
 	return (void *)(long)(__vcpu_run(vcpu) ? errno : 0);
 }
 
-static void drop_vcpu_info(struct xen_vm *x, int i)
+static void unset_vcpu_info(struct xen_vm *x, int i)
 {
 	ASSERT_EQ(set_vcpu_attr(x->vcpus[i], (struct kvm_xen_vcpu_attr) {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, .u.gpa = GPA_INVALID,
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, .u.gpa = KVM_XEN_INVALID_GPA,
 	}), 0);
 }
 
-/* Events for a vCPU without vcpu_info are raised as soon as it has one. */
+/* Events for a vCPU without vcpu_info are raised when its vcpu_info is set. */
 static void test_no_vcpu_info(void)
 {
 	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
@@ -1092,7 +1092,7 @@ static void test_no_vcpu_info(void)
 		set_vcpu_info(x, 0);
 		assert_delivered(x, 100, 0, "ioctl");
 
-		/* Saving a vCPU whose vcpu_info is absent */
+		/* Reading the address raises events if the vcpu_info is absent. */
 		clear_pages(x);
 		make_absent(x, VCPU_INFO_PAGE);
 		ASSERT_EQ(send_by_ioctl(x, 200, 0), 0);
@@ -1100,10 +1100,10 @@ static void test_no_vcpu_info(void)
 			  PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET);
 		assert_delivered(x, 200, 0, "ioctl");
 
-		drop_vcpu_info(x, 0);
+		unset_vcpu_info(x, 0);
 	}
 
-	/* What nobody can deliver does not keep the vCPU awake. */
+	/* An event that cannot be raised does not keep the vCPU awake. */
 	clear_pages(x);
 	ASSERT_EQ(send_by_ioctl(x, 100, 0), 0);
 	sigaction(SIGUSR1, &sa, NULL);
@@ -1119,10 +1119,10 @@ static void test_no_vcpu_info(void)
 static void assert_raised(struct xen_vm *x, int vcpu, uint64_t sel)
 {
 	TEST_ASSERT(pending_sel(x, vcpu) == sel,
-		    "vCPU %d, long mode %d: evtchn_pending_sel %#lx, expected %#lx",
+		    "vCPU %d, long mode %d: evtchn_pending_sel is %#lx, expected %#lx",
 		    vcpu, x->long_mode, pending_sel(x, vcpu), sel);
 	TEST_ASSERT(vcpu_info(x, vcpu)->evtchn_upcall_pending == !!sel,
-		    "vCPU %d, long mode %d: evtchn_upcall_pending %u, expected %d",
+		    "vCPU %d, long mode %d: evtchn_upcall_pending is %u, expected %d",
 		    vcpu, x->long_mode, vcpu_info(x, vcpu)->evtchn_upcall_pending, !!sel);
 }
 
@@ -1147,9 +1147,9 @@ static void test_migration_to_mode(bool long_mode)
 	xen_vm_free(from);
 	set_vcpu_info(to, 0);
 	assert_delivered(to, 100, 0, "migration");
-	drop_vcpu_info(to, 0);
+	unset_vcpu_info(to, 0);
 
-	/* Each in a word of its own: pending; masked; both; both, next to a pending one */
+	/* Pending; masked; both; both, and a pending port in the same word. */
 	clear_pages(to);
 	set_pending(to, 1);
 	mask_port(to, 3 * per_word);
@@ -1166,8 +1166,8 @@ static void test_migration_to_mode(bool long_mode)
 		assert_raised(to, i, sel);
 	}
 
-	/* Nothing to raise, but for the guest, when it unmasks the ports */
-	drop_vcpu_info(to, 0);
+	/* A masked port raises nothing. */
+	unset_vcpu_info(to, 0);
 	memset(vcpu_info(to, 0), 0, sizeof(struct xen_vcpu_info));
 	memset(port_masks(to), 0xff, nr_ports / 8);
 	set_vcpu_info(to, 0);
@@ -1177,8 +1177,8 @@ static void test_migration_to_mode(bool long_mode)
 }
 
 /*
- * Of an event for a vCPU that had no vcpu_info before the VM moved, only the
- * port's bit is left, in guest memory: the words are raised by what is there.
+ * If the VM is migrated while a vCPU has no vcpu_info, the only trace of its event
+ * is the pending bit in guest memory.  Setting the vcpu_info raises the word.
  */
 static void test_migration_no_vcpu_info(void)
 {
@@ -1186,7 +1186,7 @@ static void test_migration_no_vcpu_info(void)
 	test_migration_to_mode(false);
 }
 
-/* An event ends the poll even if an upcall for its neighbour is due already. */
+/* An event ends the poll even if the upcall is due for another port already. */
 static void test_poll_unmasked(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
@@ -1209,7 +1209,7 @@ static uint64_t guest_clock(struct xen_vm *x)
 	return xen_guest_clock(x->vm);
 }
 
-/* Have the guest set its deadline. */
+/* Makes the guest set the deadline of its timer. */
 static void set_timer_by_guest(struct xen_vm *x, uint64_t expires_ns)
 {
 	ASSERT_EQ(make_hypercall(x, false, __HYPERVISOR_set_timer_op, expires_ns, 0, 0), 0);
@@ -1220,7 +1220,7 @@ static void run_guest(struct xen_vm *x)
 	ASSERT_EQ(make_hypercall(x, false, __HYPERVISOR_sched_op, SCHEDOP_yield, 0, 0), 0);
 }
 
-/* Whatever is due by then has been delivered after it. */
+/* When this returns, all timer events up to time_ns have been delivered. */
 static void run_guest_after(struct xen_vm *x, uint64_t time_ns)
 {
 	wait_for(guest_clock(x) > time_ns);
@@ -1228,7 +1228,7 @@ static void run_guest_after(struct xen_vm *x, uint64_t time_ns)
 	run_guest(x);
 }
 
-/* A new deadline replaces the old one, whether it has passed or not. */
+/* A new deadline replaces the old one, even if the new one has passed. */
 static void test_timer_rearm(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
@@ -1258,7 +1258,7 @@ static void test_timer_rearm(void)
 	xen_vm_free(x);
 }
 
-/* The timer's event does not wait for the vCPU to run. */
+/* The event of the timer is delivered although the vCPU does not run. */
 static void test_timer_delivery(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
@@ -1272,7 +1272,7 @@ static void test_timer_delivery(void)
 	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
 	assert_delivered(x, TIMER_PORT, 0, "timer");
 
-	/* What is reported is armed or delivered, at any time. */
+	/* The deadline is reported until its event is delivered. */
 	for (i = 0; i < nr_races; i++) {
 		clear_pages(x);
 		expires = guest_clock(x) + i * 1000;
@@ -1287,7 +1287,7 @@ static void test_timer_delivery(void)
 		} while (attr.u.timer.expires_ns);
 	}
 
-	/* An absent page is for the vCPU to bring back. */
+	/* If the page is absent, the event is delivered when the vCPU runs. */
 	clear_pages(x);
 	make_absent(x, SHINFO_PAGE);
 	expires = guest_clock(x) + 1000000;
@@ -1326,7 +1326,7 @@ static uint64_t pvclock_read(volatile struct pvclock *clock)
 	return ns;
 }
 
-/* Reports how much too early, by its own clock, the timer expires at worst. */
+/* Returns by how many ns, at most, the timer is early by the guest's clock. */
 static void guest_time_timer(void)
 {
 	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
@@ -1378,7 +1378,7 @@ static void assert_wall_clock(struct xen_vm *x, const char *how)
 		    how, x->long_mode, wc->sec, boot_time);
 }
 
-/* The wall clock is where the guest of the mode looks for it. */
+/* The wall clock is at the position for the current mode. */
 static void test_wall_clock(void)
 {
 	struct xen_vm *x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
@@ -1395,12 +1395,12 @@ static void test_wall_clock(void)
 	x->long_mode = true;
 	assert_wall_clock(x, "hypercall page written");
 
-	/* Absent, but still there */
+	/* The page is absent and can be brought back. */
 	make_absent(x, SHINFO_PAGE);
 	set_long_mode(x, false);
 	assert_wall_clock(x, "mode changed");
 
-	/* Gone */
+	/* The page cannot be brought back. */
 	vm_mem_region_delete(x->vm, SHARED_SLOT);
 	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
 		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = true,
@@ -1411,9 +1411,9 @@ static void test_wall_clock(void)
 }
 
 /*
- * Preempting the thread that calls start_preempting(), in each of its rounds at
- * another moment: a thread of higher priority on the same CPU, which keeps it for
- * preempt_ns, is woken up from another CPU.
+ * start_preempting() creates two threads that preempt its caller once per round,
+ * at a random time: a thread on another CPU wakes up a thread of higher priority
+ * on the caller's CPU, which keeps the CPU busy for preempt_ns.
  */
 static uint64_t preempt_ns;
 static int preempt_round, nr_preemptions;
@@ -1488,13 +1488,13 @@ static void start_preempting(uint64_t ns)
 	nr_preemptions = 0;
 	race_stop = false;
 
-	/* The one that preempts inherits the CPU. */
+	/* thread_preempt() inherits the CPU. */
 	set_affinity(&cpu);
 	preempting.preempt = start_thread(thread_preempt, NULL);
 	preempting.wake_up = start_thread(thread_wake_up, NULL);
 }
 
-/* Another round, unless the thread has been preempted often enough. */
+/* Starts a round.  Returns false if there were enough preemptions. */
 static bool preempt_again(int enough)
 {
 	WRITE_ONCE(preempt_round, preempt_round + 1);
@@ -1538,9 +1538,8 @@ static void assert_times_add_up(const char *where, int round, uint64_t entry_tim
 }
 
 /*
- * A vCPU that is preempted updates its runstate, whatever it was doing: also when
- * it was in the middle of an update, on its way into the guest or by userspace, or
- * of saving or restoring the runstate.
+ * The runstate is consistent although the vCPU is preempted while it updates,
+ * saves or restores its runstate.
  */
 static void test_runstate_preempted(void)
 {
@@ -1579,7 +1578,7 @@ static void test_runstate_preempted(void)
 		runnable = attr.u.runstate.time_runnable;
 		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
 
-		/* Takes much longer: not in each round */
+		/* Takes much longer, so do it in every 16th round only. */
 		if (i % 16)
 			continue;
 		vcpu_run_to_sync(x->vcpus[0]);
@@ -1607,8 +1606,8 @@ static void assert_epoch(struct xen_vm *x, struct wall_clock *wc, const char *wh
 }
 
 /*
- * A wall clock is the time at which the guest's clock was 0, wherever the thread
- * that writes it is preempted, or its CPU, if that is virtual.
+ * The wall clock is the time at which the guest's clock was 0, even if the thread
+ * that writes it is preempted between the readings of the two clocks.
  */
 static void test_wall_clock_preempted(void)
 {
@@ -1622,7 +1621,7 @@ static void test_wall_clock_preempted(void)
 	xen = (void *)shared_page(x, SHINFO_PAGE) + XEN_SHINFO_WALL_CLOCK;
 	kvm = (void *)shared_page(x, TIME_INFO_PAGE);
 
-	/* The master clock comes when the vCPU runs. */
+	/* The master clock is set up when the vCPU runs first. */
 	vcpu_run_to_sync(x->vcpus[0]);
 	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
 	__TEST_REQUIRE(clock.flags & KVM_CLOCK_REALTIME, "the master clock is not in use");
@@ -1648,7 +1647,7 @@ static int set_vcpu_info_at(struct xen_vm *x, uint64_t gpa)
 	});
 }
 
-/* A vcpu_info anywhere in its page, but at a multiple of 4 bytes. */
+/* A vcpu_info can be at any multiple of 4 in its page. */
 static void test_alignment(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
@@ -1662,7 +1661,7 @@ static void test_alignment(void)
 		for (offset = 0; offset <= last; offset += offset < last - 80 ? 64 : 1) {
 			int err = set_vcpu_info_at(x, page + offset);
 
-			ASSERT_EQ(err, offset % 4 ? EINVAL : 0);
+			ASSERT_EQ(err, offset % 4 ? ENXIO : 0);
 			if (err)
 				continue;
 
@@ -1670,7 +1669,7 @@ static void test_alignment(void)
 			ASSERT_EQ(send_by_ioctl(x, 1023, 0), 0);
 			vi = shared_page(x, TIME_INFO_PAGE) + offset;
 			TEST_ASSERT(vi[0] == 1, "offset %d: no upcall", offset);
-			/* Port 1023 is in the last of 32 words, or of 16. */
+			/* Port 1023 is in word 31, or in word 15 in long mode. */
 			TEST_ASSERT(mode ? vi[8 + 1] == 0x80 : vi[4 + 3] == 0x80,
 				    "offset %d, long mode %d: wrong evtchn_pending_sel",
 				    offset, mode);
@@ -1682,7 +1681,7 @@ static void test_alignment(void)
 	xen_vm_free(x);
 }
 
-/* The hypercall MSR is one that only hypervisors have. */
+/* The hypercall MSR must be in the range that is reserved for hypervisors. */
 static void test_msr(void)
 {
 	static const struct {
@@ -1717,7 +1716,7 @@ static void test_msr(void)
 /* The per-vCPU vector arrives in the vCPU's local APIC, whatever its ID. */
 static void test_upcall_vector(void)
 {
-	/* The second is what an xAPIC takes for everybody. */
+	/* 255 is the broadcast ID of an xAPIC. */
 	static const uint32_t ids[] = { 2, 255 };
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
 	struct kvm_lapic_state apic;
@@ -1737,7 +1736,7 @@ static void test_upcall_vector(void)
 			.u.vector = UPCALL_VECTOR,
 		}), 0);
 		x->vcpus[0] = vcpu;
-		/* Nothing is pending that would send the vector already. */
+		/* No pending event may raise the vector already. */
 		clear_pages(x);
 		set_vcpu_info(x, 0);
 
@@ -1755,7 +1754,7 @@ static void test_upcall_vector(void)
 static int set_shared_info_hva(struct xen_vm *x, uint64_t hva)
 {
 	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA, .u.hva = hva,
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA, .u.shared_info.hva = hva,
 	});
 }
 
@@ -1772,15 +1771,16 @@ static void assert_addresses(struct xen_vm *x, uint64_t gfn, uint64_t shinfo_hva
 	struct kvm_vcpu *vcpu = x->vcpus[0];
 
 	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_SHARED_INFO).u.shared_info.gfn, gfn);
-	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA).u.hva, shinfo_hva);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA).u.shared_info.hva,
+		  shinfo_hva);
 	ASSERT_EQ(get_vcpu_attr(vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO).u.gpa, gpa);
 	ASSERT_EQ(get_vcpu_attr(vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA).u.hva, vi_hva);
 }
 
-/* The shared pages by their address in userspace, without a memslot. */
+/* The shared pages are set by user address, and are in no memslot. */
 static void test_hva(void)
 {
-	const uint64_t none = -1, kernel = 0xffff888000000000;
+	const uint64_t kernel = 0xffff888000000000;
 	struct xen_vm *x;
 	uint64_t shinfo, vi, gfn, gpa;
 
@@ -1789,28 +1789,28 @@ static void test_hva(void)
 	x = xen_vm_create_with_vcpu_info(guest_nothing);
 	gfn = PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE;
 	gpa = PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
-	assert_addresses(x, gfn, none, gpa, none);
+	assert_addresses(x, gfn, 0, gpa, 0);
 
-	/* Anonymous memory that is in no memslot */
+	/* Use anonymous memory that is in no memslot. */
 	x->shared = mmap(NULL, NR_SHARED_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE,
 			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	TEST_ASSERT(x->shared != MAP_FAILED, "mmap() failed: %s", strerror(errno));
 	shinfo = (uintptr_t)shared_page(x, SHINFO_PAGE);
 	vi = (uintptr_t)vcpu_info(x, 0);
 
-	/* Bad addresses leave everything as it is. */
+	/* A bad address changes nothing. */
 	ASSERT_EQ(set_shared_info_hva(x, shinfo + 8), EINVAL);
-	ASSERT_EQ(set_shared_info_hva(x, kernel), EFAULT);
-	ASSERT_EQ(set_vcpu_info_hva(x, vi + 2), EINVAL);
+	ASSERT_EQ(set_shared_info_hva(x, kernel), EINVAL);
+	ASSERT_EQ(set_vcpu_info_hva(x, vi + 2), ENXIO);
 	ASSERT_EQ(set_vcpu_info_hva(x, (vi | (PAGE_SIZE - 1)) - 59), EINVAL);
-	ASSERT_EQ(set_vcpu_info_hva(x, kernel), EFAULT);
-	assert_addresses(x, gfn, none, gpa, none);
+	ASSERT_EQ(set_vcpu_info_hva(x, kernel), EINVAL);
+	assert_addresses(x, gfn, 0, gpa, 0);
 
 	ASSERT_EQ(set_shared_info_hva(x, shinfo), 0);
 	assert_wall_clock(x, "shared_info set by address");
 	set_pending(x, 100);
 	ASSERT_EQ(set_vcpu_info_hva(x, vi), 0);
-	assert_addresses(x, none, shinfo, none, vi);
+	assert_addresses(x, KVM_XEN_INVALID_GFN, shinfo, KVM_XEN_INVALID_GPA, vi);
 	assert_delivered(x, 100, 0, "vcpu_info set by address");
 
 	clear_pages(x);
@@ -1822,10 +1822,10 @@ static void test_hva(void)
 	make_absent(x, SHINFO_PAGE);
 	make_absent(x, VCPU_INFO_PAGE);
 	ASSERT_EQ(send_by_ioctl(x, 8, 0), 0);
-	assert_addresses(x, none, shinfo, none, vi);
+	assert_addresses(x, KVM_XEN_INVALID_GFN, shinfo, KVM_XEN_INVALID_GPA, vi);
 	assert_delivered(x, 8, 0, "ioctl");
 
-	/* Nothing to write to, until there is again */
+	/* A page that is read-only makes sends fail until it is writable again. */
 	mprotect(x->shared, PAGE_SIZE, PROT_READ);
 	ASSERT_EQ(send_by_ioctl(x, 9, 0), EFAULT);
 	ASSERT_EQ(set_shared_info_hva(x, shinfo), EFAULT);
@@ -1833,9 +1833,9 @@ static void test_hva(void)
 	ASSERT_EQ(send_by_ioctl(x, 9, 0), 0);
 	TEST_ASSERT(port_pending(x, 9), "port 9 not pending");
 
-	ASSERT_EQ(set_shared_info_hva(x, none), 0);
-	ASSERT_EQ(set_vcpu_info_hva(x, none), 0);
-	assert_addresses(x, none, none, none, none);
+	ASSERT_EQ(set_shared_info_hva(x, 0), 0);
+	ASSERT_EQ(set_vcpu_info_hva(x, 0), 0);
+	assert_addresses(x, KVM_XEN_INVALID_GFN, 0, KVM_XEN_INVALID_GPA, 0);
 	ASSERT_EQ(send_by_ioctl(x, 10, 0), EINVAL);
 
 	munmap(x->shared, NR_SHARED_PAGES * PAGE_SIZE);
@@ -1850,10 +1850,10 @@ static const struct test_case {
 	{ "absent_pages", test_absent_pages },
 	{ "kvm_lock", test_kvm_lock },
 	{ "port_table", test_port_table },
-	{ "retarget", test_retarget },
-	{ "poll_memslot", test_poll_memslot },
-	{ "hypercall_page", test_hypercall_page },
 	{ "mode_race", test_mode_race },
+	{ "hypercall_page", test_hypercall_page },
+	{ "poll_memslot", test_poll_memslot },
+	{ "retarget", test_retarget },
 	{ "arguments", test_arguments },
 	{ "no_vcpu_info", test_no_vcpu_info },
 	{ "migration_no_vcpu_info", test_migration_no_vcpu_info },
@@ -1866,7 +1866,7 @@ static const struct test_case {
 	{ "msr", test_msr },
 	{ "upcall_vector", test_upcall_vector },
 	{ "hva", test_hva },
-	/* Last, as hosts that cannot do these skip what follows */
+	/* Last, because the test exits if the host cannot run them. */
 	{ "runstate_preempted", test_runstate_preempted },
 	{ "wall_clock_preempted", test_wall_clock_preempted },
 };
@@ -1921,7 +1921,7 @@ static void perf_hypercall(struct xen_vm *x, uint64_t *pending, int fd)
 	vcpu_run_to_sync(x->vcpus[0]);
 }
 
-/* What an event costs, by each way to send it. */
+/* Prints what an event costs the sender, for each way to send it. */
 static void measure(void)
 {
 	static const struct {
@@ -1943,7 +1943,7 @@ static void measure(void)
 	sync_global_to_guest(x->vm, guest_send_port);
 
 	for (i = 0; i < ARRAY_SIZE(ways); i++) {
-		/* Once to get used to it */
+		/* Warm up caches first. */
 		ways[i].run(x, pending, fd);
 		start = now_ns();
 		ways[i].run(x, pending, fd);

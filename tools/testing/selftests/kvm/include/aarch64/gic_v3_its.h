@@ -2,9 +2,9 @@
 /*
  * GICv3 Interrupt Translation Service (ITS) and LPIs
  *
- * The host creates the ITSes and the memory that the guest gives them.  The
- * guest programs the ITSes and redistributors and sends commands.  All of the
- * memory and all registers are mapped one to one.
+ * The host creates the ITSes and the memory for their tables.  The guest
+ * programs the ITSes and redistributors, and sends commands.  Tables and
+ * registers are identity-mapped.
  */
 #ifndef SELFTEST_KVM_GIC_V3_ITS_H
 #define SELFTEST_KVM_GIC_V3_ITS_H
@@ -43,7 +43,7 @@
 #define LPI_PROP_PRIO			0xa0
 #define LPI_PROP_ENABLED		BIT(0)
 
-/* One table for each, 64K aligned */
+/* Tables of an ITS, each aligned to 64K */
 #define ITS_DEVICE_TABLE_SIZE		SZ_512K
 #define ITS_COLLECTION_TABLE_SIZE	SZ_64K
 #define ITS_CMDQ_SIZE			SZ_64K
@@ -55,15 +55,18 @@ struct its {
 	uint64_t cmdq;
 	/* Offset of the next command, maintained by the guest */
 	uint64_t cwriter;
-	/* The device, for the host */
+	/* File descriptor of the KVM device, used by the host */
 	int fd;
 };
 
-/* What the redistributors share, and one pending table each */
+/*
+ * Tables for LPIs: a configuration table, which the redistributors share, and a
+ * pending table for each redistributor.
+ */
 struct lpi_tables {
 	uint64_t config;
 	uint64_t pending;
-	/* Room for interrupt translation tables */
+	/* Memory for interrupt translation tables */
 	uint64_t itt;
 };
 

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * What tests use of Xen's ABI, in the layout that a 64-bit guest sees, and of
- * KVM's own interface to it.
+ * The parts of the Xen ABI that tests use, in the layout of a 64-bit guest, and
+ * helpers for KVM's interface to it.
  */
 #ifndef SELFTEST_KVM_XEN_H
 #define SELFTEST_KVM_XEN_H
@@ -9,10 +9,10 @@
 #include "kvm_util.h"
 #include "processor.h"
 
-/* Says in an attribute that there is no such page. */
+/* As the address in an attribute: there is no page. */
 #define GPA_INVALID				(~0ul)
 
-/* Any that is free; this one is the first of those that KVM allows. */
+/* Arbitrarily chosen, the first MSR of the range for hypervisors. */
 #define XEN_HYPERCALL_MSR			0x40000000
 
 #define __HYPERVISOR_set_timer_op		15
@@ -31,12 +31,12 @@
 
 #define EVTCHNSTAT_interdomain			2
 
-/* struct shared_info: evtchn_pending[] in either mode, evtchn_mask[] */
+/* Offsets in struct shared_info; evtchn_pending[] is the same in both modes */
 #define XEN_SHINFO_PENDING			0x800
 #define XEN_SHINFO_MASK				0xa00
 #define XEN_SHINFO_COMPAT_MASK			0x880
 
-/* The wall clock, without the upper half of the seconds in a 32-bit guest's. */
+/* Wall clock; for 32-bit guests, the upper half of the seconds is separate */
 #define XEN_SHINFO_WALL_CLOCK			0xc00
 #define XEN_SHINFO_COMPAT_WALL_CLOCK		0x900
 #define XEN_SHINFO_COMPAT_SEC_HI		0x924
@@ -44,7 +44,7 @@
 struct xen_vcpu_info {
 	uint8_t evtchn_upcall_pending;
 	uint8_t evtchn_upcall_mask;
-	uint32_t compat_pending_sel;	/* where a 32-bit guest has its own */
+	uint32_t compat_pending_sel;	/* evtchn_pending_sel of a 32-bit guest */
 	uint64_t evtchn_pending_sel;
 	uint8_t arch[16];
 	uint8_t time[32];
@@ -71,7 +71,7 @@ static inline int xen_send_event(struct kvm_vm *vm, uint32_t port, uint32_t vcpu
 	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
 }
 
-/* By which the guest sets its timers. */
+/* Returns the time on which the timers of the guest are based. */
 static inline uint64_t xen_guest_clock(struct kvm_vm *vm)
 {
 	struct kvm_clock_data data;
@@ -90,7 +90,7 @@ static inline uint64_t xen_hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
 	return ret;
 }
 
-/* What the library puts into the GDT, and an entry behind that. */
+/* The library's 64-bit code segment, and an unused GDT entry for 32-bit code */
 #define XEN_CODE64_SELECTOR			0x8
 #define XEN_CODE32_SELECTOR			0x30
 
@@ -106,15 +106,16 @@ static inline void xen_add_code32_segment(struct kvm_vm *vm, struct kvm_vcpu *vc
 }
 
 /*
- * The hypercall of a 32-bit guest: by code in a 32-bit segment, see above, with
- * arguments in ebx, ecx and edx.  For use by guest code, in 64-bit mode.
+ * Make a hypercall like a 32-bit guest: from the 32-bit code segment, with the
+ * arguments in ebx, ecx and edx.  For use by guest code, in 64-bit mode, after
+ * xen_add_code32_segment().
  */
 static inline uint32_t xen_hypercall32(uint32_t nr, uint32_t arg1, uint32_t arg2,
 				       uint32_t arg3)
 {
 	uint32_t ret;
 
-	/* The compiler may use the 128 bytes below the stack pointer. */
+	/* Skip the red zone, which the compiler may use. */
 	asm volatile("add $-128, %%rsp\n\t"
 		     "pushq %[cs32]\n\t"
 		     "pushq $1f\n\t"

@@ -26,19 +26,19 @@
 
 #define ITS_CMD_VALID		BIT_ULL(63)
 
-/* GITS_TYPER.PTA is 0: an RDbase is a vCPU number, at bit 16 of its word. */
+/* GITS_TYPER.PTA is 0: RDbase is the number of a vCPU, from bit 16 on. */
 #define ITS_CMD_RDBASE(vcpu_id)	((uint64_t)(vcpu_id) << 16)
 
 #define ITS_TABLES_SIZE		(ITS_DEVICE_TABLE_SIZE + \
 				 ITS_COLLECTION_TABLE_SIZE + ITS_CMDQ_SIZE)
 
-/* Arbitrarily chosen, above what the selftests use themselves */
+/* Arbitrarily chosen, not used by the library */
 #define ITS_MEMSLOT		10
 
 /*
- * Create ITSes, one after the other from @base_gpa on, and at @tables_gpa the
- * memory for what they and the redistributors need.  All LPIs are enabled in
- * the configuration table.
+ * Create @nr_its ITSes at consecutive addresses from @base_gpa, and allocate the
+ * tables of ITSes and redistributors at @tables_gpa.  All LPIs are enabled in the
+ * configuration table.
  */
 void vgic_its_setup(struct kvm_vm *vm, struct its *its, unsigned int nr_its,
 		    uint64_t base_gpa, struct lpi_tables *tables,
@@ -79,7 +79,7 @@ void vgic_its_setup(struct kvm_vm *vm, struct its *its, unsigned int nr_its,
 	       SZ_64K - LPI_BASE);
 }
 
-/* Returns what KVM_SIGNAL_MSI returns, or -errno. */
+/* Returns the result of KVM_SIGNAL_MSI, or -errno. */
 int __kvm_signal_msi(struct kvm_vm *vm, uint64_t doorbell, uint32_t flags,
 		     uint32_t device_id, uint32_t event_id)
 {
@@ -138,7 +138,7 @@ void its_disable(struct its *its)
 	its_writel(its, GITS_CTLR, 0);
 }
 
-/* Pages are 64K, whatever is written, and sizes are in pages minus one. */
+/* KVM uses 64K pages.  The size field is the number of pages minus one. */
 void its_write_baser(struct its *its, uint64_t reg, bool valid)
 {
 	bool device = reg == GITS_BASER_DEVICE;
@@ -154,7 +154,7 @@ void its_init(struct its *its)
 	its_write_baser(its, GITS_BASER_DEVICE, true);
 	its_write_baser(its, GITS_BASER_COLLECTION, true);
 
-	/* The size of the queue is in 4K pages minus one. */
+	/* The size field is the number of 4K pages minus one. */
 	its_writeq(its, GITS_CBASER, GITS_CBASER_VALID | its->cmdq |
 				     (ITS_CMDQ_SIZE / SZ_4K - 1));
 	its->cwriter = 0;
@@ -176,7 +176,7 @@ static void its_send(struct its *its, uint64_t w0, uint64_t w1, uint64_t w2,
 	its->cwriter = (its->cwriter + ITS_CMD_SIZE) % ITS_CMDQ_SIZE;
 	its_writeq(its, GITS_CWRITER, its->cwriter);
 
-	/* KVM executes commands while it handles the write. */
+	/* KVM executes the command before the write completes. */
 	GUEST_ASSERT_EQ(its_readq(its, GITS_CREADR), its->cwriter);
 }
 
@@ -257,7 +257,7 @@ void gicr_set_lpis_enabled(uint64_t gicr_base, uint32_t vcpu_id, bool enable)
 	       gicr_frame(gicr_base, vcpu_id) + GICR_CTLR);
 }
 
-/* Give a redistributor its tables, nothing of them pending, and enable LPIs. */
+/* Set the tables of a redistributor, with no LPI pending, and enable LPIs. */
 void gicr_enable_lpis(uint64_t gicr_base, uint32_t vcpu_id,
 		      const struct lpi_tables *tables)
 {
