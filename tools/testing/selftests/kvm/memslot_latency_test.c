@@ -378,9 +378,9 @@ static void do_nothing(int signal)
 }
 
 /*
- * Provide the page to KVM, but take it away before the guest accesses it.  The signal
- * makes KVM_RUN return before it enters the guest again.  It does not end the wait for
- * the page.
+ * Provide the page to KVM, but take it away before the guest accesses it.  The
+ * signal makes KVM_RUN return before it enters the guest again.  It does not end
+ * the wait for the page.
  */
 static void interrupt_access(const char *what)
 {
@@ -404,8 +404,8 @@ static void unmap_guest(void)
 }
 
 /*
- * With @unmap, the guest first faults on its code, which KVM maps, and then faults on
- * the page.
+ * With @unmap, the guest first faults on its code, which KVM maps, and then
+ * faults on the page.
  */
 static void test_unlucky(const char *what, int nr_rounds, bool unmap)
 {
@@ -538,8 +538,8 @@ static void measure_creates(uint64_t ns[NR_PAGE_INS])
 }
 
 /*
- * Print the best of PERF_ROUNDS rounds: a wait in KVM occurs in each round, but a delay
- * caused by other load on the host does not.
+ * Print the best of PERF_ROUNDS rounds: a wait in KVM occurs in each round, but
+ * a delay caused by other load on the host does not.
  */
 static void measure(void)
 {

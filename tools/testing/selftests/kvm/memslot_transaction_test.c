@@ -323,7 +323,7 @@ static struct regions *with_slot(struct regions *r, int i, uint32_t slot)
 
 static void test_errors(void)
 {
-	/* Valid entries, which KVM must not apply because another entry is invalid. */
+	/* Valid entries; KVM must not apply them if another entry is invalid. */
 	struct kvm_userspace_memory_region shrink_0 = region(0, 0, 2, 0, 0);
 	struct kvm_userspace_memory_region move_1 = region(1, 12, 4, 4, 0);
 	struct kvm_userspace_memory_region create_2 = region(2, 10, 2, 10, 0);
@@ -639,7 +639,7 @@ static void test_dirty(void)
 	set_regions("merge", regions(no_region(1), region(0, 0, 8, 0, log)), 2);
 	assert_dirty("merge", 0, 0x42);
 
-	/* Pages with a different backing or without logging lose their dirty bits. */
+	/* Pages with a different backing or without logging lose dirty bits. */
 	dirty_pages(0xff);
 	set_regions("different backing",
 		    regions(region(0, 0, 4, 0, log), region(1, 4, 4, NR_PAGES + 4, log)), 2);
@@ -659,8 +659,8 @@ static void test_dirty(void)
 
 	/* The slot id does not matter, only gfn and hva do. */
 	dirty_pages(0x6);
-	set_regions("other ids", regions(no_region(0), no_region(1), region(2, 0, 4, 0, log)), 2);
-	assert_dirty("different ids", 2, 0x6);
+	set_regions("new ids", regions(no_region(0), no_region(1), region(2, 0, 4, 0, log)), 2);
+	assert_dirty("new ids", 2, 0x6);
 
 	/* A slot moves to the gfns of a deleted slot that had the same backing. */
 	set_regions("aliases", regions(region(0, 4, 4, 4, log), region(1, 12, 4, 4, log)), 1);
@@ -1156,7 +1156,7 @@ static void help(const char *name)
 	printf("usage: %s [-h] [-f] [-p] [-r rounds] [-s seed]\n", name);
 	printf(" -f: also make allocations fail; needs FAILSLAB\n");
 	printf(" -p: measure instead of testing\n");
-	printf(" -r: number of random permutations of 128 slots and of random layouts (5)\n");
+	printf(" -r: number of random permutations and random layouts, default 5\n");
 	printf(" -s: seed for the order of entries and for sizes, default: the current time\n");
 	exit(0);
 }
