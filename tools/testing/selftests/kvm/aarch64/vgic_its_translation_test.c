@@ -65,7 +65,7 @@
 #define LPI_B0		(LPI_BASE + 2)
 #define LPI_NEW		(LPI_BASE + 8)
 #define LPI_OTHER_ITS	(LPI_BASE + 9)
-/* Collection n targets vCPU n.  This one is not mapped. */
+/* Collection n targets vCPU n.  Collection ICID_UNUSED is not mapped. */
 #define ICID_UNUSED	7
 
 /* Shared with the guest */
@@ -252,7 +252,7 @@ static void guest_mapc_unmap(void)
 	its_send_mapc(&its[0], 0, 0, false);
 }
 
-/* Mapping the collection again does not bring its ITEs back. */
+/* MAPC V=0 detaches the collection's ITEs.  MAPC V=1 does not attach them again. */
 static void guest_mapc_unmap_map(void)
 {
 	its_send_mapc(&its[0], 0, 0, false);
@@ -644,7 +644,7 @@ static void test_row(const struct row *row, bool warm)
 	destroy_vm();
 }
 
-/* INT sets the pending state of an LPI, CLEAR clears it. */
+/* INT makes an LPI pending, CLEAR removes the pending state. */
 static void test_int_clear(void)
 {
 	int ret;
@@ -1157,7 +1157,7 @@ static void guest_touch_cmdq(void)
 {
 	int i;
 
-	/* Make KVM map the whole queue at stage 2. */
+	/* Map the whole queue at stage 2, so that no command needs memory for that. */
 	for (i = 0; i < ITS_CMDQ_SIZE / 32; i++)
 		its_send_sync(&its[0], 0);
 }
@@ -1436,7 +1436,7 @@ int main(int argc, char *argv[])
 {
 	int i;
 
-	/* Tell stdout not to buffer its content */
+	/* Show each line at once, even if the test hangs or crashes later. */
 	setbuf(stdout, NULL);
 
 	for (i = 0; i < ARRAY_SIZE(rows); i++) {

@@ -457,7 +457,7 @@ static void report_commands(void)
 	uint32_t nr = nr_devices * nr_events;
 	uint64_t sync, movi, discard;
 
-	/* The first round is not timed: it maps the queue at stage 2. */
+	/* The first round is not timed: its faults map the queue at stage 2. */
 	time_guest(guest_sync_all);
 	sync = time_guest(guest_sync_all);
 	movi = time_guest(guest_movi_all);
@@ -581,7 +581,7 @@ int main(int argc, char *argv[])
 {
 	int opt;
 
-	/* Tell stdout not to buffer its content */
+	/* Show each line at once, even if the test hangs or crashes later. */
 	setbuf(stdout, NULL);
 
 	while ((opt = getopt(argc, argv, "hv:d:e:i:fpmct")) != -1) {

@@ -3,23 +3,25 @@
  * Hyper-V TlbFlushInhibit
  *
  * A flush hypercall that targets an inhibited VP blocks its caller, without any
- * effect, until the VP has no owner.  This tests
+ * effect, until the VP has no owner.  The test covers
  *
  * - the ioctls and each of their errors;
- * - each form of the hypercall, with VP indices that differ from the vCPU
+ * - each form of the hypercall, also with VP indices that differ from the vCPU
  *   indices, and the hypercalls that do not block: those with other targets,
  *   those that only flush the caller, and malformed ones;
- * - several owners, inhibited VPs and flushers; vCPUs that block each other;
+ * - several owners, several inhibited VPs, several flushers, and two inhibited
+ *   VPs that flush each other;
  * - each way out of the blocked state: release, signal, interrupt, NMI, SMI,
- *   INIT, changed registers, save and restore, the end of the process; and that
- *   a masked interrupt or a kick, which ends HLT, does not unblock the vCPU;
+ *   INIT, changed registers, save and restore, the end of the process;
+ * - events that do not unblock the vCPU: a masked interrupt, and a kick, which
+ *   only ends HLT;
  * - flush hypercalls of L2, which cause exits to L1;
  * - that a blocked vCPU uses no CPU time, and that a release does not wait for
  *   the page-in of another vCPU;
  * - races of releases with flushes, and of page table walks with flushes.
  *
- * The test does not sleep, it waits until statistics change.  A vCPU is blocked
- * when its hv_tlb_flush_blocks has increased.
+ * The test does not sleep.  It waits until statistics change: a vCPU is blocked
+ * when its statistic hv_tlb_flush_blocks has increased.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <getopt.h>
@@ -40,7 +42,7 @@
 #define NR_VCPUS	4
 #define NR_FLUSHERS	2
 
-/* vCPUs 0 and 1 flush, these two are flushed. */
+/* vCPUs 0 and 1 make the flush hypercalls, these two are their targets. */
 #define TARGET		2
 #define OTHER		3
 
@@ -66,14 +68,14 @@ static uint64_t toggles = 2000;
 static uint64_t walks = 200;
 static uint64_t latency_rounds = 20;
 
-/* VP indices of the vCPUs: equal to the vCPU indices, and different. */
+/* VP indices of the vCPUs: equal to the vCPU indices, and different ones */
 static const uint32_t vp_maps[][NR_VCPUS] = {
 	{ 0, 1, 2, 3 },
 	{ 3, 0, 1, 2 },
 	{ 700, 0, 65, 2 },
 };
 
-/* What a flushing vCPU shares with the host. */
+/* What a flusher shares with the host */
 struct guest_ctx {
 	struct hyperv_hcall_pages *pages;
 	struct hyperv_tlb_flush flush;
@@ -83,7 +85,7 @@ struct guest_ctx {
 	bool stop;
 };
 
-/* For handlers and L2, which no test has on more than one vCPU. */
+/* For handlers and L2, which have no argument; used by one vCPU of a test */
 static struct guest_ctx *event_ctx;
 
 static void guest_irq_handler(struct ex_regs *regs)
@@ -142,7 +144,10 @@ static void guest_sti_flusher(struct guest_ctx *ctx)
 	x2apic_enable();
 	hyperv_enable_hypercalls(ctx->pages);
 
-	/* After KVM's code, which is the hypercall instruction and RET. */
+	/*
+	 * Write STI and a copy of KVM's code, which is the hypercall
+	 * instruction and RET, to an unused part of the hypercall page.
+	 */
 	insn = (uint8_t *)stub.hcall + 64;
 	insn[0] = 0xfb;
 	memcpy(insn + 1, (void *)stub.hcall, 4);
@@ -184,7 +189,7 @@ static void guest_toucher(uint64_t *page)
 	GUEST_SYNC(READ_ONCE(*page));
 }
 
-/* A thread that runs a vCPU until it exits. */
+/* A thread that runs a vCPU until the vCPU exits to userspace */
 struct runner {
 	struct kvm_vcpu *vcpu;
 	pthread_t thread;
@@ -253,12 +258,12 @@ static void runner_join(struct runner *r)
 	limit.tv_sec += WAIT_LIMIT_SECS;
 	err = pthread_timedjoin_np(r->thread, NULL, &limit);
 	TEST_ASSERT(!err,
-		    "vCPU %u is still in KVM_RUN after %d s (error %d), it was blocked %lu times",
+		    "vCPU %u is still in KVM_RUN after %d s (error %d), blocked %lu times",
 		    r->vcpu->id, WAIT_LIMIT_SECS, err,
 		    vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - r->blocks);
 }
 
-/* Wait until the vCPU has been blocked for the n-th time since the start. */
+/* Wait until the vCPU is blocked for the @n-th time since runner_start(). */
 static void runner_wait_blocked(struct runner *r, uint64_t n)
 {
 	vcpu_wait_stat(r->vcpu, "hv_tlb_flush_blocks", r->blocks + n);
@@ -351,7 +356,7 @@ static void test_vm_init(struct test_vm *t, void *guest_code)
 
 		event_ctx = (void *)gva;
 	}
-	/* Events are sent to the last flusher. */
+	/* The context of the last flusher, to which tests send events */
 	sync_global_to_guest(t->vm, event_ctx);
 
 	for (i = 0; i < NR_VCPUS; i++)
@@ -444,7 +449,7 @@ static void finish(struct test_vm *t, int flusher, uint64_t blocks)
 	runner_check_blocks(&t->runners[flusher], blocks);
 }
 
-/* Flush without being blocked, the result must be @status. */
+/* Make a flush hypercall, which must not block and must return @status. */
 static void flush_at_once(struct test_vm *t, int flusher, uint64_t status)
 {
 	start(t, flusher);
@@ -452,7 +457,7 @@ static void flush_at_once(struct test_vm *t, int flusher, uint64_t status)
 	runner_check_blocks(&t->runners[flusher], 0);
 }
 
-/* Let a vCPU call a function instead of what it was about to execute. */
+/* Make a vCPU call @function instead of what it was about to execute. */
 static void set_call(struct kvm_vcpu *vcpu, void *function, uint64_t arg)
 {
 	struct kvm_regs regs;
@@ -460,7 +465,7 @@ static void set_call(struct kvm_vcpu *vcpu, void *function, uint64_t arg)
 	vcpu_regs_get(vcpu, &regs);
 	regs.rip = (uint64_t)function;
 	regs.rdi = arg;
-	/* As after a call, with a return address on an aligned stack. */
+	/* As CALL leaves it: a return address on a 16-byte aligned stack. */
 	regs.rsp = (regs.rsp & ~0xfULL) - 8;
 	vcpu_regs_set(vcpu, &regs);
 }
@@ -519,7 +524,7 @@ static void test_abi(void)
 	hold(&t, TARGET, OWNER2);
 	check_owners(&t, TARGET, OWNER2);
 
-	/* Without a Hyper-V context, its VP index is its vCPU index, 4. */
+	/* It has no Hyper-V context, so its VP index is its vCPU index, 4. */
 	no_hyperv = vm_vcpu_add(t.vm, NR_VCPUS, guest_target);
 
 	ok = (struct kvm_hyperv_tlb_flush_inhibit) {
@@ -593,15 +598,16 @@ static void test_abi(void)
 }
 
 /*
- * A flush blocks until @inhibited is released, and flushes no vCPU until then.
- * After that it flushes the vCPUs in @flushed.
+ * Check that vCPU 0's flush hypercall blocks while vCPU @inhibited is
+ * inhibited, and flushes no vCPU meanwhile.  After the release, it must flush
+ * exactly those of TARGET and OTHER that are in @flushed.
  */
 static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 {
 	uint64_t before[NR_VCPUS], after;
 	int i;
 
-	/* Let KVM map all memory that is used below, because that may flush. */
+	/* KVM may flush when it maps memory, so let it map all of it first. */
 	flush_at_once(t, 0, success(t, 0));
 	for (i = NR_FLUSHERS; i < NR_VCPUS; i++) {
 		vcpu_run_to_sync(t->vcpus[i]);
@@ -615,7 +621,7 @@ static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 		vcpu_run_to_sync(t->vcpus[i]);
 		after = vcpu_get_stat(t->vcpus[i], "tlb_flush");
 		TEST_ASSERT(after == before[i],
-			    "vCPU %d was flushed %lu times by a blocked hypercall, expected none",
+			    "vCPU %d was flushed %lu times by a blocked hypercall, expected 0",
 			    i, after - before[i]);
 	}
 
@@ -628,7 +634,7 @@ static void check_blocks(struct test_vm *t, int inhibited, uint32_t flushed)
 		TEST_ASSERT((after != before[i]) == !!(flushed & BIT(i)),
 			    "vCPU %d was flushed %lu times, expected %s",
 			    i, after - before[i],
-			    flushed & BIT(i) ? "at least once" : "none");
+			    flushed & BIT(i) ? "at least 1" : "0");
 	}
 }
 
@@ -682,11 +688,15 @@ static void test_forms(const uint32_t *vp_index)
 			set_flush(&t, 0, code, fast, BIT(OTHER));
 			flush_at_once(&t, 0, success(&t, 0));
 
-			/* Inhibit the VP whose index is TARGET's vCPU index. */
-			if (vp_index[OTHER] == TARGET) {
+			/*
+			 * TARGET is not inhibited, but its vCPU index is the
+			 * VP index of OTHER, which is.
+			 */
+			if (vp_index[OTHER] == TARGET &&
+			    (hyperv_flush_is_ex(code) || vp_index[TARGET] < 64)) {
 				hold(&t, OTHER, OWNER);
 				release(&t, TARGET, OWNER);
-				set_flush(&t, 0, code, fast, BIT(1));
+				set_flush(&t, 0, code, fast, BIT(TARGET));
 				flush_at_once(&t, 0, success(&t, 0));
 				release(&t, OTHER, OWNER);
 				hold(&t, TARGET, OWNER);
@@ -701,7 +711,7 @@ static void test_forms(const uint32_t *vp_index)
 				flush->banks[0] = ~0ull;
 				flush_at_once(&t, 0, success(&t, 0));
 			} else {
-				/* An empty mask means all. */
+				/* An empty mask means all VPs. */
 				release(&t, TARGET, OWNER);
 				set_flush(&t, 0, code, fast, 0);
 				check_blocks(&t, TARGET, all);
@@ -714,7 +724,7 @@ static void test_forms(const uint32_t *vp_index)
 	unpin_from_cpu();
 }
 
-/* Errors take precedence over TlbFlushInhibit. */
+/* Malformed hypercalls return an error, and do not block. */
 static void test_malformed(void)
 {
 	struct hyperv_hcall_pages *pages, saved;
@@ -824,7 +834,7 @@ static void test_several(void)
 	start_blocked(&t, 1);
 	release(&t, 0, OWNER);
 	finish(&t, 1, 1);
-	/* vCPU 0 may have been blocked once or twice. */
+	/* vCPU 0 may have blocked again after the release of its own VP. */
 	release(&t, 1, OWNER);
 	runner_join_sync(&t.runners[0], success(&t, 0));
 
@@ -925,10 +935,11 @@ static void wait_count(uint64_t *count, uint64_t expected,
 }
 
 /*
- * A blocked vCPU uses no CPU time while another vCPU does something that takes
- * a while.  KVM may wake it for other reasons, which causes no exit and is rare:
- * mostly to update the guest's clock, some time after another vCPU has moved to
- * another CPU.  Therefore repeat the measurement until no CPU time is used.
+ * Check that a blocked vCPU uses no CPU time while another vCPU exits 20 times.
+ * In rare cases, KVM wakes a blocked vCPU for another reason, mostly to update
+ * the guest's clock some time after another vCPU has moved to another CPU.
+ * Such a wake-up causes no exit.  Therefore repeat the measurement until the
+ * blocked vCPU has used no CPU time in a round.
  */
 static void check_no_cpu_time(struct test_vm *t, int flusher)
 {
@@ -957,11 +968,11 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 	exits = vcpu_get_stat(r->vcpu, "exits") - exits;
 	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - blocks;
 	TEST_ASSERT(!exits && !blocks,
-		    "Blocked vCPU %u had %lu exits, was blocked %lu times, expected none",
+		    "Blocked vCPU %u had %lu exits and %lu more blocks, expected 0 and 0",
 		    r->vcpu->id, exits, blocks);
 }
 
-/* vCPU 1 handles its NMI and is blocked again, until the release. */
+/* Check that vCPU 1 handles its NMI and is blocked again, until the release. */
 static void end_after_nmi(struct test_vm *t)
 {
 	wait_count(&t->ctx[1]->nmis, 1, "NMIs");
@@ -997,11 +1008,11 @@ static void test_events(void)
 	}
 	check_no_cpu_time(&t, 1);
 
-	/* What KVM_HC_KICK_CPU sends, which only ends HLT. */
+	/* The event that KVM_HC_KICK_CPU sends.  It only ends HLT. */
 	send_event(&t, 1, APIC_DM_REMRD);
 	check_no_cpu_time(&t, 1);
 
-	/* A stray SIPI, for which the hypercall is executed once more. */
+	/* A stray SIPI.  The vCPU executes the hypercall once more. */
 	send_event(&t, 1, APIC_DM_STARTUP | SIPI_VECTOR);
 	runner_wait_blocked(&t.runners[1], 22);
 	check_no_cpu_time(&t, 1);
@@ -1032,7 +1043,7 @@ static void test_events(void)
 	finish(&t, 1, 2);
 	kvm_vm_free(t.vm);
 
-	/* So does the shadow of MOV SS, here with a pending NMI. */
+	/* So does the interrupt shadow of MOV SS, which also delays an NMI. */
 	test_vm_create(&t, vp_maps[0], guest_flusher);
 	set_plain_flush(&t, 1, BIT(TARGET));
 	hold(&t, TARGET, OWNER);
@@ -1047,7 +1058,7 @@ static void test_events(void)
 	end_after_nmi(&t);
 }
 
-/* Wait until the vCPU exits at the OUT of the code for SIPI or SMI. */
+/* Wait until the vCPU exits at the OUT of the code that SIPI or SMI starts. */
 static void join_stub(struct runner *r)
 {
 	struct kvm_run *run = r->vcpu->run;
@@ -1072,7 +1083,7 @@ static void test_init_sipi(void)
 	t.vp_index = vp_maps[0];
 	t.vm = ____vm_create(VM_MODE_DEFAULT, NR_PAGES);
 
-	/* SIPI needs low memory, allocate it before the program is loaded. */
+	/* SIPI starts in low memory; allocate it before loading the program. */
 	page = vm_phy_page_alloc(t.vm, SIPI_GPA, 0);
 	TEST_ASSERT(page == SIPI_GPA, "Allocated page %#lx, expected %#x", page,
 		    SIPI_GPA);
@@ -1174,7 +1185,7 @@ static void test_save_restore(void)
 	kvm_vm_free(t.vm);
 }
 
-/* Flushes block in the kernel even if HLT exits to userspace. */
+/* Without an in-kernel local APIC, HLT exits to userspace; flushes block. */
 static void test_userspace_apic(void)
 {
 	struct test_vm t = { .vp_index = vp_maps[0] };
@@ -1212,19 +1223,19 @@ static void test_kill(void)
 		hold(&t, TARGET, OWNER);
 		start_blocked(&t, 0);
 		runner_wait_asleep(&t.runners[0]);
-		/* The VM still exists, but nobody can release the VP. */
+		/* vCPU fds keep the VM alive, but nobody can release the VP. */
 		close(t.vm->fd);
 		test_write(fds[1], &c, 1);
 		for (;;)
 			pause();
 	}
 
-	/* If the child dies before it writes, this fails at end of file. */
+	/* If the child dies before it writes, test_read() fails. */
 	close(fds[1]);
 	test_read(fds[0], &c, 1);
 	kill(pid, SIGKILL);
 	TEST_ASSERT(waitpid(pid, &status, 0) == pid && WIFSIGNALED(status),
-		    "status %#x, expected the end by a signal", status);
+		    "status %#x, expected a child that was killed by a signal", status);
 	close(fds[0]);
 }
 
@@ -1384,7 +1395,7 @@ static void test_page_in(void)
 	set_plain_flush(&t, 0, BIT(TARGET));
 	without = release_latency(&t);
 
-	/* A vCPU that neither flushes nor is flushed. */
+	/* OTHER neither flushes nor is flushed.  It waits for a page. */
 	set_call(t.vcpus[OTHER], guest_toucher, gva);
 	runner_start(&toucher, t.vcpus[OTHER]);
 	uffd_wait_fault(uffd);
@@ -1413,9 +1424,10 @@ static void wait_progress(uint64_t *count, uint64_t from,
 }
 
 /*
- * Toggle TlbFlushInhibit while two vCPUs flush all the time.  Hold it for random
- * times, up to the time of a few flushes, so that releases come at any point of a
- * flush.  A vCPU that misses a wake-up stays blocked although no VP is inhibited.
+ * Add and remove an owner of TARGET while two vCPUs flush it all the time.
+ * Hold it for random times, up to the time of a few flushes, so that releases
+ * come at any point of a flush.  A vCPU that misses a wake-up stays blocked
+ * although no VP is inhibited.
  */
 static void test_race(void)
 {
@@ -1431,7 +1443,7 @@ static void test_race(void)
 		wait_progress(&t.ctx[f]->count, 0, "A flusher");
 	}
 
-	/* Use the shortest of some times, the others may include preemption. */
+	/* Use the shortest of 100 times; the others may include preemption. */
 	span = NSEC_PER_SEC;
 	for (i = 0; i < 100; i++) {
 		begin = now_ns();
@@ -1450,7 +1462,7 @@ static void test_race(void)
 			cpu_relax();
 		release(&t, TARGET, OWNER);
 
-		/* All flushers must make progress. */
+		/* After the release, all flushers must make progress. */
 		if (i % 10)
 			continue;
 		for (f = 0; f < NR_FLUSHERS; f++)
@@ -1473,9 +1485,10 @@ static void test_race(void)
 }
 
 /*
- * The guest changes a page table entry to point to one page after the other.
- * After the flush for each change, it poisons the page that the entry pointed to
- * before.  A walk with TlbFlushInhibit must not find a poisoned page.
+ * The guest changes a page table entry again and again, to point to one page
+ * after the other.  It flushes the TLB after each change.  When the flush has
+ * completed, it poisons the page that the entry pointed to before.  A walk with
+ * TlbFlushInhibit must not find a poisoned page.
  */
 #define VALID		0x600d
 #define POISON		0xdead
@@ -1507,8 +1520,8 @@ static void guest_switcher(struct guest_ctx *ctx, struct switcher *s)
 }
 
 /*
- * Walk the page table, and use the translation until @count() reaches @until.
- * Returns true if the page was poisoned meanwhile.
+ * Read the page table entry, and use the translation until @count() reaches
+ * @until.  Returns true if the page was poisoned meanwhile.
  */
 static bool walk_is_poisoned(struct test_vm *t, uint64_t *pte,
 			     uint64_t (*count)(struct test_vm *t), uint64_t until)
@@ -1558,7 +1571,7 @@ static void test_walk(void)
 	t.ctx[0]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t.vm);
 	set_plain_flush(&t, 0, BIT(1));
 
-	/* The page whose translation changes, and the pages it changes to. */
+	/* The page whose translation changes, and the pages it changes to */
 	page = vm_vaddr_alloc_page(t.vm);
 	s_gva = vm_vaddr_alloc_page(t.vm);
 	s = addr_gva2hva(t.vm, s_gva);
@@ -1581,7 +1594,7 @@ static void test_walk(void)
 		unprotected += walk_is_poisoned(&t, pte, nr_switches,
 						nr_switches(&t) + 2);
 
-		/* The guest gets as far as its next flush, which blocks. */
+		/* Use the result until the guest's next flush is blocked. */
 		blocks = nr_blocks(&t);
 		hold(&t, 1, OWNER);
 		poisoned += walk_is_poisoned(&t, pte, nr_blocks, blocks + 1);

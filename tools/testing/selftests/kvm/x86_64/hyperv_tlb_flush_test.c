@@ -2,14 +2,15 @@
 /*
  * Hyper-V TLB flush hypercalls
  *
- * - The tlb_flush statistic shows which vCPUs are flushed: by each of the four
- *   hypercalls, with slow and fast (XMM) input, for any set of vCPUs, whose VP
- *   indices equal the vCPU indices or are in several sparse banks, and for each
- *   way to specify all VPs or none.
+ * - Each of the four hypercalls flushes exactly the vCPUs that it targets, as
+ *   the tlb_flush statistics show.  This is checked with slow and fast (XMM)
+ *   input, for all sets of vCPUs, with VP indices that equal the vCPU indices
+ *   and with VP indices in several sparse banks, and for all ways to target all
+ *   VPs or none.
  * - Malformed hypercalls return an error and flush no vCPU.
  * - A running vCPU does not use a stale translation after the hypercall.
  *
- * With -b, the test only prints the cost of a flush.
+ * With -b, the test only prints the time that each hypercall takes.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <getopt.h>
@@ -26,7 +27,7 @@
 #define EDGE_GPA	0x40000000
 #define EDGE_SLOT	1
 
-/* VP indices of the vCPUs: equal to the vCPU indices, and in several banks. */
+/* VP indices of the vCPUs: equal to the vCPU indices, and in several banks */
 static const uint32_t vp_maps[][NR_VCPUS] = {
 	{ 0, 1, 2, 3 },
 	{ 2, 65, 1023, 0 },
@@ -48,7 +49,7 @@ static void guest_target(void)
 		GUEST_SYNC(0);
 }
 
-/* vCPU 0 makes the hypercalls.  Each vCPU does its flush when it is run. */
+/* vCPU 0 makes the hypercalls.  A target is flushed when KVM next runs it. */
 struct flush_vm {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpus[NR_VCPUS];
@@ -130,7 +131,7 @@ static void test_targets(struct flush_vm *f, uint16_t code, bool fast)
 			if ((targets & BIT(i)) && f->vp_index[i] >= 64)
 				break;
 		}
-		/* Only a VP set can contain these. */
+		/* Only the Ex hypercalls can target VP indices above 63. */
 		if (i < NR_VCPUS && !hyperv_flush_is_ex(code))
 			continue;
 
@@ -148,7 +149,7 @@ static void test_all_and_none(struct flush_vm *f, uint16_t code, bool fast)
 		flush->flags = HV_FLUSH_ALL_PROCESSORS;
 		check_success(f, ALL_VCPUS);
 
-		/* For KVM, an empty mask means all VPs, as WS2012 expects. */
+		/* KVM treats an empty mask as all VPs, as WS2012 expects. */
 		set_flush(f, code, fast, 0);
 		check_success(f, ALL_VCPUS);
 
@@ -158,7 +159,7 @@ static void test_all_and_none(struct flush_vm *f, uint16_t code, bool fast)
 		return;
 	}
 
-	/* All VPs, without and with banks. */
+	/* All VPs: without and with banks. */
 	set_flush(f, code, fast, 0);
 	flush->format = HV_GENERIC_SET_ALL;
 	check_success(f, ALL_VCPUS);
@@ -167,7 +168,7 @@ static void test_all_and_none(struct flush_vm *f, uint16_t code, bool fast)
 	flush->format = HV_GENERIC_SET_ALL;
 	check_success(f, ALL_VCPUS);
 
-	/* No bank, an empty bank, a bank without VPs, the last bank. */
+	/* None: no bank, an empty bank, a bank without vCPUs, the last bank. */
 	set_flush(f, code, fast, 0);
 	check_success(f, 0);
 
@@ -188,7 +189,7 @@ static void test_reps(struct flush_vm *f, uint16_t code, bool fast)
 	if (!hyperv_flush_is_list(code))
 		return;
 
-	/* The largest count; KVM flushes all addresses at once. */
+	/* The largest rep count; KVM completes all reps with one flush. */
 	set_flush(f, code, fast, BIT(0));
 	f->flush->rep_cnt = 0xfff;
 	check_success(f, BIT(0));
@@ -252,7 +253,7 @@ static void test_unreadable(struct flush_vm *f, uint16_t code)
 	check_flush(f, HV_STATUS_INVALID_HYPERCALL_INPUT, 0);
 	*f->pages = saved;
 
-	/* The header is at the end of memory, the banks are beyond it. */
+	/* The header ends at the end of guest memory, so KVM cannot read banks. */
 	edge = vm_vaddr_alloc(f->vm, 2 * PAGE_SIZE, KVM_UTIL_MIN_VADDR);
 	beyond = edge + PAGE_SIZE;
 	vm_set_page_table_entry(f->vm, f->vcpus[0], edge,
@@ -280,9 +281,11 @@ struct remote {
 	uint64_t rounds;
 	bool flush;
 
-	/* The reader's last value, and how many values it has read. */
+	/* Set by the reader: its last value, and the number of its reads */
 	uint64_t value;
 	uint64_t reads;
+
+	/* Set by the flusher: the number of values from the old page */
 	uint64_t stale;
 	bool stop;
 };
@@ -296,7 +299,7 @@ static void guest_reader(struct remote *remote)
 	GUEST_DONE();
 }
 
-/* Wait for the end of a read that has started after the call. */
+/* Wait until the reader has completed a read that started after this call. */
 static void guest_wait_for_read(struct remote *remote)
 {
 	uint64_t reads = READ_ONCE(remote->reads);
@@ -424,7 +427,7 @@ static void guest_bench(struct hyperv_hcall_pages *pages,
 	GUEST_SYNC(0);
 }
 
-/* Print the time of a flush of another vCPU that is not running. */
+/* Print the time of each hypercall if it targets a vCPU that is not running. */
 static void bench(uint64_t count)
 {
 	vm_vaddr_t pages_gva, flush_gva;

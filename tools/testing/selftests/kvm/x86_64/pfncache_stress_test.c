@@ -37,7 +37,8 @@
 #include "processor.h"
 #include "xen.h"
 
-#define SLOT		10		/* arbitrarily chosen, as is this: */
+/* Arbitrarily chosen. */
+#define SLOT		10
 #define BASE_GPA	0xc0000000ull
 
 #define PAGES_PER_VCPU	4
@@ -64,7 +65,7 @@ static struct worker {
 	const char *name;
 	unsigned int nr;
 	unsigned long rounds;
-	sem_t calm;		/* of chaos threads: the operations are done */
+	sem_t calm;		/* posted by a chaos thread when its operations are done */
 	pthread_t thread;
 } *workers;
 static unsigned int nr_workers;
@@ -92,7 +93,7 @@ static unsigned long rounds_of(struct worker *w)
 static void guest_code(void)
 {
 	for (;;) {
-		/* This time has passed, so that the event is due at once. */
+		/* The deadline is in the past, so the event is due at once. */
 		xen_hypercall(__HYPERVISOR_set_timer_op, 1, 0);
 		GUEST_SYNC(0);
 	}

@@ -5,10 +5,10 @@
  * The cache under test is that of Xen's shared_info page.  KVM writes to the page
  * when an event channel is raised: by an irqfd, in atomic context if the cache is
  * valid and otherwise in a worker that refreshes the cache; or by
- * KVM_XEN_HVM_EVTCHN_SEND, which refreshes the cache in the thread of the caller.
+ * KVM_XEN_HVM_EVTCHN_SEND, which refreshes the cache in the calling thread.
  *
- * Most scenarios hold an invalidation in one of its MMU notifier hooks, by means
- * of /dev/test_mmu_gate (CONFIG_TEST_MMU_GATE), and check what KVM does in the
+ * Most scenarios hold an invalidation in an MMU notifier hook, with
+ * /dev/test_mmu_gate (CONFIG_TEST_MMU_GATE), and check what KVM does in the
  * meantime.  They are skipped if the device does not exist.
  *
  * Each scenario runs in a process of its own.  The process creates its threads
@@ -41,7 +41,8 @@
 
 #include "../../../../../lib/test_mmu_gate_uapi.h"
 
-#define SLOT		10		/* arbitrarily chosen, as are these: */
+/* Arbitrarily chosen. */
+#define SLOT		10
 #define BASE_GPA	0xc0000000ull
 #define GSI		32
 #define NR_IRQFDS	2
@@ -58,7 +59,7 @@
 #define SPIN_US		"/sys/module/kvm/parameters/pfncache_spin_us"
 
 static size_t page_size;
-static size_t big_mib = 48;		/* a zap of more than 40 frees in batches */
+static size_t big_mib = 48;		/* a zap of more than 40 MiB frees in batches */
 static unsigned int nr_rounds = 20;
 
 /* State of the process that runs a scenario. */
@@ -339,7 +340,7 @@ static void start_dropper(struct thread *t, unsigned int nr, unsigned int nr_pag
 	start(t, dropper_fn);
 }
 
-/* Send port 3, and tell by sh->begun and sh->done how far the send is. */
+/* Raise port 3.  Set sh->begun before the ioctl, and sh->done after it. */
 static void sender_fn(struct thread *t)
 {
 	int ret;
@@ -868,7 +869,7 @@ static void test_oom(void)
 		    "victim expected to be killed, got status %#x", status);
 }
 
-/* Write through the cache while another thread changes what is mapped. */
+/* Write through the cache while the main thread changes what is mapped. */
 static void remap_fn(struct thread *t)
 {
 	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST)) {
@@ -996,7 +997,7 @@ static void test_bad_address(void)
 	TEST_ASSERT(shinfo_pending() == 0x10, "expected 0x10 pending, got %#lx",
 		    shinfo_pending());
 
-	/* Setting an address without a memslot fails, and leaves the cache usable. */
+	/* An address without a memslot fails; after that, the cache can be set again. */
 	TEST_ASSERT(__set_shinfo(0xd0000) == EFAULT, "expected EFAULT, got %d", errno);
 	expect_send(5, -EFAULT);
 	set_shinfo(SHINFO_PAGE);
@@ -1196,7 +1197,7 @@ struct latency {
 	uint64_t median, p99;
 };
 
-/* Keep the least of all calls: other load of the host only adds to the time. */
+/* Keep the least value of all calls: other load of the host only adds to it. */
 static void measure_refresh(struct latency *least)
 {
 	const unsigned int samples = 5000;
@@ -1215,7 +1216,7 @@ static void measure_refresh(struct latency *least)
 	free(ns);
 }
 
-/* The base kernel has no such statistic. */
+/* A kernel without /dev/test_mmu_gate may not have the statistic either. */
 static uint64_t nr_retries(void)
 {
 	return has_gate ? vm_get_stat(vm, "pfncache_retry") : 0;

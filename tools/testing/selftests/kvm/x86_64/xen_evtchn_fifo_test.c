@@ -2,9 +2,10 @@
 /*
  * Test Xen FIFO event channels
  *
- * Each case creates its own VM.  Option -t runs only one case.  The same code
- * consumes the queues in the guest, where upcalls wake it, and in the host, where a
- * case needs to check the order or to stop in the middle of a queue.
+ * Each case creates its own VMs.  Option -t runs only one case.  The guest consumes
+ * the queues where upcalls have to wake it up.  In cases that check the order of
+ * ports or stop while ports are in a queue, the host consumes the queues, with the
+ * same code.
  *
  * With -p, the test only measures the cost of delivering an event.
  */
@@ -54,7 +55,7 @@ enum {
 	VCPU_INFO_PAGE,
 	CONTROL_PAGE = VCPU_INFO_PAGE + NR_CONSUMERS,
 	ARRAY_PAGE = CONTROL_PAGE + NR_CONSUMERS,
-	/* How often the guest handled each port; port 0 tells it to stop. */
+	/* How often the guest handled each port; 1 for port 0 tells it to stop. */
 	HANDLED_PAGE = ARRAY_PAGE + NR_ARRAY_PAGES,
 	NR_SHARED_PAGES = HANDLED_PAGE + NR_ARRAY_PAGES,
 };
@@ -165,9 +166,10 @@ static uint64_t event_channel_op(uint64_t op, uint32_t port)
 }
 
 /*
- * Interrupts are off, except during HLT: all that an upcall does is end the HLT.
- * An emulated CPU that exits between STI and HLT may lose the interrupt shadow and
- * take the upcall before HLT.  So let the upcall skip a HLT that it would return to.
+ * Interrupts are off, except during HLT.  An upcall only has to end the HLT.  An
+ * emulated CPU that exits between STI and HLT may lose the interrupt shadow and take
+ * the upcall before the HLT.  The handler then skips the HLT, because no other
+ * upcall would end it.
  */
 void guest_wait(void);
 void guest_hlt(void);
@@ -216,7 +218,7 @@ static void guest_main(uint64_t i)
 	GUEST_DONE();
 }
 
-/* Mask, consume, unmask and consume, for each port in turn. */
+/* For each port in turn: mask, consume, unmask, and consume again. */
 static void guest_masker(uint64_t i, uint64_t first, uint64_t nr)
 {
 	struct consumer c = guest_consumer(i);
@@ -234,7 +236,7 @@ static void guest_masker(uint64_t i, uint64_t first, uint64_t nr)
 	GUEST_DONE();
 }
 
-/* Send to each port in turn, after its previous event was handled. */
+/* Send to each port in turn, but only after the port's previous event was handled. */
 static void guest_sender(uint64_t first, uint64_t nr, uint64_t events)
 {
 	uint64_t n;
@@ -257,7 +259,7 @@ static void guest_ops(void)
 		GUEST_SYNC(event_channel_op(args[0], args[1]));
 }
 
-/* The same in 32-bit mode, and SCHEDOP_poll. */
+/* Like guest_ops(), but in 32-bit mode, and also for SCHEDOP_poll. */
 static void guest_ops32(void)
 {
 	uint32_t *args = (void *)PAGE_GPA(SHINFO_PAGE);
@@ -298,7 +300,7 @@ static void guest_nothing(void)
 	GUEST_DONE();
 }
 
-/* Write to the shared pages what no guest should. */
+/* Write values to the shared pages that a well-behaved guest never writes. */
 static void guest_hostile(uint64_t state, uint64_t i)
 {
 	struct control_block *control = (void *)PAGE_GPA(CONTROL_PAGE + i) + CONTROL_OFFSET;
@@ -315,7 +317,7 @@ static void guest_hostile(uint64_t state, uint64_t i)
 		case 0:
 			WRITE_ONCE(guest_words[port], r >> 32);
 			break;
-		case 1:	/* linked to itself */
+		case 1:	/* The port is linked to itself. */
 			WRITE_ONCE(guest_words[port], PENDING | LINKED | port);
 			break;
 		case 2:
@@ -494,7 +496,7 @@ static struct fifo_vm *fifo_vm_create(void *guest_code, uint32_t setup)
 		vcpu_init_descriptor_tables(f->vcpus[i]);
 	for (i = 0; i < NR_CONSUMERS; i++)
 		set_vcpu_info(f, i, PAGE_GPA(VCPU_INFO_PAGE + i));
-	/* Discard what KVM has written so far. */
+	/* Clear what KVM has written to the shared pages so far. */
 	memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
 
 	if (setup & SETUP_MODE)
@@ -558,7 +560,7 @@ static int send_event(struct fifo_vm *f, uint32_t port, uint32_t vcpu_id,
 	return xen_send_event(f->vm, port, vcpu_id, priority);
 }
 
-/* Create one irqfd per port and store it in fds. */
+/* Create one irqfd per port and store the eventfds in fds. */
 static void irqfds_create(struct fifo_vm *f, const uint32_t *ports, int nr,
 			  int vcpu, uint32_t priority, int *fds)
 {
@@ -590,7 +592,7 @@ static void irqfds_destroy(struct fifo_vm *f, int nr, int *fds)
 		kvm_irqfd_destroy(f->vm, FIRST_GSI + i, fds[i]);
 }
 
-/* Let the guest's EVTCHNOP_send to the port deliver an event to the same port. */
+/* Let EVTCHNOP_send to the port deliver an event to the same port of the guest. */
 static int set_loopback(struct fifo_vm *f, uint32_t port, int vcpu,
 			uint32_t priority, uint32_t flags)
 {
@@ -609,7 +611,7 @@ static int set_loopback(struct fifo_vm *f, uint32_t port, int vcpu,
 	});
 }
 
-/* Run until a ucall.  Hypercalls that KVM does not handle fail with -EINVAL. */
+/* Run until a ucall.  Fail hypercalls that go to userspace with -EINVAL. */
 static uint64_t run_vcpu(struct kvm_vcpu *vcpu, struct ucall *uc)
 {
 	for (;;) {
@@ -649,7 +651,7 @@ static void *sync_thread(void *vcpu)
 	return NULL;
 }
 
-/* Tell the guest to stop, and wake it by an event of the last port. */
+/* Tell the guest to stop, and wake up each vCPU by an event of the last port. */
 static void stop_guest(struct fifo_vm *f, pthread_t *threads, int nr)
 {
 	int i;
@@ -711,7 +713,7 @@ static void test_ports_of(bool long_mode)
 
 	for (port = 0; port < NR_PORTS; port++)
 		assert_word(f, port, 0);
-	/* An event is slow if the host moves a page at that moment. */
+	/* An event is also slow if the host has moved a page that KVM needs for it. */
 	pr_info("ports: %lu events queued at the first attempt, %lu by an attempt that can sleep\n",
 		vcpu_get_stat(f->vcpus[0], "xen_fifo_fast"),
 		vcpu_get_stat(f->vcpus[0], "xen_fifo_slow"));
@@ -720,14 +722,14 @@ static void test_ports_of(bool long_mode)
 	fifo_vm_free(f);
 }
 
-/* The number of ports and the layout are the same in long mode and 32-bit mode. */
+/* The number of ports and the layout are the same in 64-bit and 32-bit mode. */
 static void test_ports(void)
 {
 	test_ports_of(true);
 	test_ports_of(false);
 }
 
-/* A 32-bit guest has the same event words, but different hypercalls. */
+/* A 32-bit guest has the same event words, but passes hypercall arguments differently. */
 static void test_32bit(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_ops32, SETUP_ALL);
@@ -784,7 +786,7 @@ static void test_priorities(void)
 			continue;
 		sent[priority][nr[priority]++] = port;
 
-		/* Either the event has the priority, or the port. */
+		/* Either the event names the priority, or the port has it. */
 		if (i % 2) {
 			ASSERT_EQ(send_event(f, port, id, priority), 0);
 		} else {
@@ -813,9 +815,9 @@ static void test_priorities(void)
 }
 
 /*
- * Each producer sends to its own ports, and to a port again only after the guest has
- * handled the previous event.  So a lost event stops the producer, and a duplicate
- * makes the count too large.
+ * Each producer sends to its own ports.  It sends to a port again only after the
+ * guest has handled the port's previous event.  A lost event therefore stops the
+ * producer, and a duplicate event makes the port's count too large.
  */
 #define PORTS_PER_PRODUCER	8
 
@@ -850,7 +852,7 @@ static void producer_send(struct producer *p, int i, uint64_t round)
 	}
 }
 
-/* Print the state of a port that makes no progress, to help to find the cause. */
+/* Fail because of a port that makes no progress, and print its state. */
 static void report_stall(struct fifo_vm *f, uint32_t port, uint64_t round)
 {
 	struct kvm_xen_fifo_port_state s;
@@ -884,8 +886,8 @@ static void wait_for_handled(struct fifo_vm *f, uint32_t port, uint64_t round)
 }
 
 /*
- * Wait until a count reaches its end, for any time as long as the count increases.
- * Returns false if it does not increase for WAIT_LIMIT_SECS.
+ * Wait until *count is end, for as long as *count keeps increasing.  Returns false
+ * if *count does not increase for WAIT_LIMIT_SECS.
  */
 static bool wait_for_count(const uint32_t *count, uint64_t end)
 {
@@ -1040,7 +1042,7 @@ static void test_unmask(void)
 	uint32_t *args = shared_page(f, SHINFO_PAGE);
 	struct ucall uc;
 
-	/* Userspace unmasks a port that has no vCPU, as it never had an event. */
+	/* The port has had no event and has no vCPU, so userspace has to unmask it. */
 	args[0] = EVTCHNOP_unmask;
 	args[1] = 77;
 	vcpu_run(f->vcpus[2]);
@@ -1067,7 +1069,7 @@ static void test_unmask(void)
 	assert_word(f, 77, 0);
 	assert_next(&c, 0);
 
-	/* A port that was bound to another vCPU while it was masked */
+	/* Bind a masked port to another vCPU; the new vCPU gets the event. */
 	*word(f, 77) = MASKED;
 	ASSERT_EQ(send_event(f, 77, f->vcpus[0]->id, PRIO_2LEVEL), 0);
 	ASSERT_EQ(set_port(f, 77, f->vcpus[1]->id, 2), 0);
@@ -1093,7 +1095,7 @@ static void test_moves(void)
 	struct consumer c0 = host_consumer(f, 0), c1 = host_consumer(f, 1);
 	uint32_t id0 = f->vcpus[0]->id, id1 = f->vcpus[1]->id;
 
-	/* Move the tail of one queue to another; both queues keep working. */
+	/* Move the consumed tail of one queue to another queue; both queues still work. */
 	ASSERT_EQ(send_event(f, 1, id0, 7), 0);
 	ASSERT_EQ(send_event(f, 2, id0, 7), 0);
 	assert_next(&c0, 1);
@@ -1114,7 +1116,7 @@ static void test_moves(void)
 	assert_next(&c0, 5);
 	assert_next(&c0, 0);
 
-	/* Move ports between priorities, before and after others are consumed. */
+	/* Move ports to another priority, before and after their old queue is empty. */
 	ASSERT_EQ(send_event(f, 6, id0, 1), 0);
 	ASSERT_EQ(send_event(f, 7, id0, 1), 0);
 	assert_next(&c0, 6);
@@ -1144,9 +1146,9 @@ static void test_absent(void)
 		if (irqfd)
 			irqfds_create(f, &port, 1, 0, 7, &fd);
 
-		/* With an empty queue, and with a tail in another page. */
+		/* Make each page absent, with an empty queue and after an event of port tail. */
 		for (i = 0; i < ARRAY_SIZE(pages) * 2; i++) {
-			/* Without a tail, the tail's page stays absent. */
+			/* Without an event of port tail, KVM does not access its page. */
 			linked = i % 2;
 			if (linked) {
 				min_slow += pages[i / 2] == ARRAY_PAGE + 2;
@@ -1174,9 +1176,10 @@ static void test_absent(void)
 			irqfds_destroy(f, 1, &fd);
 
 		/*
-		 * Each event whose page was absent, except that an absent
-		 * vcpu_info makes none slow, nor does the tail's page if there is
-		 * no tail.  More events are slow if the host moves pages.
+		 * These events were slow: two for the page of the port's word, two
+		 * for the control block, one for the page of the tail's word, and
+		 * the event of port tail that was counted above.  An absent vcpu_info
+		 * makes no event slow.  More events are slow if the host moves pages.
 		 */
 		min_slow += 5;
 		slow = vcpu_get_stat(f->vcpus[0], "xen_fifo_slow");
@@ -1188,7 +1191,7 @@ static void test_absent(void)
 	fifo_vm_free(f);
 }
 
-/* An upcall without vcpu_info is delivered when the vcpu_info is set. */
+/* Setting the vcpu_info raises an upcall that was recorded without vcpu_info. */
 static void test_upcall(void)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
@@ -1207,7 +1210,7 @@ static void test_upcall(void)
 	ASSERT_EQ(run_vcpu(f->vcpus[0], &uc), UCALL_DONE);
 	ASSERT_EQ(*handled(f, 55), 1);
 
-	/* Reading the tails delivers it, too. */
+	/* Reading the tails also raises an upcall that was recorded. */
 	make_absent(f, VCPU_INFO_PAGE);
 	ASSERT_EQ(send_event(f, 55, f->vcpus[0]->id, 7), 0);
 	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 0);
@@ -1251,7 +1254,7 @@ static void test_deferred(void)
 	assert_next(&c, port1);
 	assert_next(&c, 0);
 
-	/* An event during the restore of a VM, before the state of its port */
+	/* While a VM is restored, an event can be sent before its port's state is set. */
 	ASSERT_EQ(send_event(f, port2, id, PRIO_2LEVEL), 0);
 	ASSERT_EQ(set_states(f, port2, 1, &state), 0);
 	ASSERT_EQ(get_states(f, port2, 1, &state), 0);
@@ -1264,7 +1267,7 @@ static void test_deferred(void)
 	assert_next(&c, port2);
 	assert_next(&c, 0);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
-	/* One event of each port, deferred or not */
+	/* One event of each port was queued; two of these events had been deferred. */
 	ASSERT_EQ(nr_queued(f, 0), 3);
 	fifo_vm_free(f);
 }
@@ -1277,7 +1280,7 @@ static void copy_state(struct fifo_vm *from, struct fifo_vm *to)
 	uint32_t port, nr;
 	int i;
 
-	/* Reading the tails may write to guest memory, so copy the memory later. */
+	/* Reading the tails may write to guest memory, so copy the memory after that. */
 	ASSERT_EQ(set_mode(to, KVM_XEN_EVTCHN_MODE_FIFO), 0);
 	for (i = 0; i < NR_CONSUMERS; i++) {
 		attr = (struct kvm_xen_vcpu_attr) {
@@ -1326,7 +1329,7 @@ static void test_migration(void)
 		ASSERT_EQ(send_event(from, ports[i], id, PRIO_2LEVEL), 0);
 	assert_next(&c, ports[0]);
 	assert_next(&c, ports[1]);
-	/* One port is masked, one has no page, one is in another vCPU's queue. */
+	/* One port is masked, one has no array page, one is in another vCPU's queue. */
 	*word(from, 77) = MASKED;
 	ASSERT_EQ(send_event(from, 77, id, 3), 0);
 	ASSERT_EQ(send_event(from, last, id, 9), 0);
@@ -1357,7 +1360,7 @@ static void test_migration(void)
 	fifo_vm_free(to);
 }
 
-/* The port of the last event is still the tail after it was consumed. */
+/* A port is still the tail of its queue after it was consumed, also after migration. */
 static void test_migration_of_consumed_tail(void)
 {
 	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_ALL);
@@ -1373,7 +1376,7 @@ static void test_migration_of_consumed_tail(void)
 	fifo_vm_free(from);
 	c = host_consumer(to, 0);
 
-	/* Without last_vcpu, port 2 would be linked to port 1, in the other queue. */
+	/* Without last_vcpu, KVM would link port 2 to port 1, which is in another queue. */
 	ASSERT_EQ(send_event(to, 1, to->vcpus[1]->id, 7), 0);
 	ASSERT_EQ(send_event(to, 2, id, 7), 0);
 	assert_next(&c, 2);
@@ -1382,9 +1385,9 @@ static void test_migration_of_consumed_tail(void)
 }
 
 /*
- * If the VM is migrated while a vCPU has no vcpu_info, the only trace of its upcall
- * is the ready bit of the queue in guest memory.  A vCPU with such a queue gets the
- * upcall on the destination.
+ * If the VM is migrated while a vCPU has no vcpu_info, guest memory contains the
+ * ready bit of the vCPU's queue, but not the upcall.  KVM has to raise the upcall on
+ * the destination.
  */
 static void test_migration_no_vcpu_info(void)
 {
@@ -1444,7 +1447,7 @@ static void test_reset(void)
 		ASSERT_EQ(send_event(f, 5000, id, PRIO_2LEVEL), EINVAL);
 		memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
 
-		/* Nothing of the old state is left. */
+		/* The new mode must not keep any of the old state. */
 		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
 		ASSERT_EQ(get_vm_attr(f, &attr), 0);
 		ASSERT_EQ(attr.u.evtchn_mode.mode, KVM_XEN_EVTCHN_MODE_FIFO);
@@ -1489,7 +1492,10 @@ static void test_poll(void)
 	uint32_t port = 70000;
 	pthread_t thread;
 
-	/* First the port is already pending; then a masked event ends the poll. */
+	/*
+	 * A port that is pending ends the poll at once.  Then an event of the masked
+	 * port ends a poll that blocks.
+	 */
 	vcpu_args_set(f->vcpus[0], 1, (uint64_t)port);
 	*word(f, port) = PENDING | MASKED;
 	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[0]), 0);
@@ -1515,8 +1521,8 @@ static void set_timer(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer,
 
 /*
  * Returns true if the timer's interrupt has queued the event.  If the host moves a
- * page at that moment, the interrupt leaves the event to the vCPU, which does not run
- * here.  Set the timer again in this case.
+ * page at that moment, the interrupt leaves the event to the vCPU.  The vCPU does not
+ * run in this case of the test, so set the timer again.
  */
 static bool timer_has_queued(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer)
 {
@@ -1546,13 +1552,13 @@ static void test_timer(void)
 	};
 	pthread_t thread;
 
-	/* The interrupt delivers the event; stopping the timer waits for it. */
+	/* The interrupt delivers the event.  Stopping the timer waits for the interrupt. */
 	set_timer(f, &timer, xen_guest_clock(f->vm) + 1000000);
 	wait_for(timer_has_queued(f, &timer));
 	set_timer(f, &timer, 0);
 	assert_word(f, TIMER_PORT, PENDING | LINKED);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(2));
-	/* For the same reason the upcall may be only noted; this writes it. */
+	/* If the host moved the vcpu_info, KVM recorded the upcall; this writes it. */
 	ASSERT_EQ(get_vcpu_attr(f, 0, &info), 0);
 	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
 	assert_next(&c, TIMER_PORT);
@@ -1595,7 +1601,7 @@ static void test_dirty_log(void)
 			    "page %d is%s dirty", i, expected ? " not" : "");
 	}
 
-	/* Link the port from an event word in another page. */
+	/* The new port is linked to a tail whose event word is in another page. */
 	ASSERT_EQ(send_event(f, 1, f->vcpus[0]->id, 7), 0);
 	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
 	for (i = ARRAY_PAGE; i < HANDLED_PAGE; i++) {
@@ -1638,7 +1644,7 @@ static void test_hostile(void)
 	pthread_t threads[2], vcpus[NR_CONSUMERS];
 	int i;
 
-	/* One control block is in an array page; the other's page is an array page. */
+	/* Control blocks overlap array pages, and one page is in the array twice. */
 	ASSERT_EQ(set_control(f, 0, PAGE_GPA(ARRAY_PAGE) + 64), 0);
 	ASSERT_EQ(set_control(f, 1, control_gpa(1)), 0);
 	ASSERT_EQ(set_array_page(f, 0), 0);
@@ -1676,7 +1682,7 @@ static void test_wrong_mode(void)
 	struct ucall uc;
 	int fd;
 
-	/* Set up in 2-level mode, in which the events fail. */
+	/* Set up irqfd and port in 2-level mode, in which their events fail. */
 	irqfds_create(f, &port, 1, 0, 3, &fd);
 	ASSERT_EQ(set_loopback(f, port, 0, 4, 0), 0);
 	ASSERT_EQ(set_loopback(f, port, 0, 5, KVM_XEN_EVTCHN_UPDATE), 0);
@@ -1732,7 +1738,7 @@ static void test_errors(void)
 	};
 	uint32_t id = f->vcpus[0]->id;
 
-	/* The flag requires another flag; all attributes require the flag. */
+	/* The flag requires another flag, and all attributes require the flag. */
 	ASSERT_EQ(set_config(f, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 				KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), EINVAL);
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS), 0);
@@ -1749,7 +1755,7 @@ static void test_errors(void)
 	ASSERT_EQ(set_vcpu_attr(f, 0, timer), EINVAL);
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), 0);
 
-	/* All other attributes require the mode. */
+	/* All other attributes require FIFO mode. */
 	ASSERT_EQ(set_array_page(f, 0), ENXIO);
 	ASSERT_EQ(set_port(f, 1, id, 7), ENXIO);
 	ASSERT_EQ(set_states(f, 1, 1, &state), ENXIO);
@@ -1856,7 +1862,7 @@ do {										\
  * Performance
  */
 
-/* Send to nr ports, step apart, without waiting. */
+/* Send to nr ports, whose numbers are step apart, without waiting. */
 static void guest_burst(uint64_t nr, uint64_t step)
 {
 	uint64_t i;
@@ -1901,7 +1907,7 @@ static void measure(bool fifo, int method, uint64_t nr, uint64_t step)
 		irqfds_create(f, ports, nr, 0, PRIO_2LEVEL, fds);
 	vcpu_args_set(f->vcpus[2], 2, nr, step);
 
-	/* Do not measure the first round, which maps the pages. */
+	/* Do not measure the first round, in which KVM maps the pages. */
 	for (round = 0; round <= rounds; round++) {
 		start = now_ns();
 		switch (method) {

@@ -5,7 +5,7 @@
  * Each case creates its own VM; -t runs one case.  In most cases, the guest does
  * not run: the host sends events and checks the bits in the shared pages.  Each
  * shared structure has a page of its own, so that each can be made absent.
- * -n sets how often a case that provokes a race tries to.
+ * -n sets the number of attempts of the cases that provoke a race.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
@@ -195,7 +195,7 @@ static void clear_pages(struct xen_vm *x)
 	memset(x->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
 }
 
-/* Unmaps the page in userspace; an access maps a page of zeroes. */
+/* Unmaps the page in userspace; the next access maps a page of zeroes. */
 static void make_absent(struct xen_vm *x, int page)
 {
 	TEST_ASSERT(!madvise(shared_page(x, page), PAGE_SIZE, MADV_DONTNEED),
@@ -411,7 +411,7 @@ static void test_delivery(void)
 	xen_vm_free(x);
 }
 
-/* An absent page is brought back by the irqfd's worker or by the sender. */
+/* An absent shared_info page is faulted in by the irqfd worker or the sender. */
 static void test_absent_pages(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
@@ -497,9 +497,9 @@ static void *thread_get_version(void *vm)
 
 /*
  * A vCPU that sends an event and waits for the shared_info page is in an SRCU
- * section.  Holders of kvm->lock wait for the end of such sections, so the vCPU
- * must neither wait for kvm->lock nor hold it.  Nor must it hold xen_lock, because
- * userspace may need Xen attributes to provide the page.
+ * section.  A task that holds kvm->lock may wait for the end of such sections,
+ * so the vCPU must neither wait for kvm->lock nor hold it.  The vCPU must not hold xen_lock
+ * either, because userspace may need a Xen attribute in order to provide the page.
  */
 static void test_kvm_lock(void)
 {
@@ -652,9 +652,9 @@ static struct kvm_xen_vcpu_attr get_vcpu_attr(struct kvm_vcpu *vcpu, uint16_t ty
 
 /*
  * The mode changes while the host sends to ports that only long mode has.  The
- * vcpu_info is absent, so KVM records the words of the bitmap in a field of 64
- * bits.  If it computes the number of the word with 32 ports per word, it sets a
- * bit behind that field, in the vCPU's Xen ID.
+ * vcpu_info is absent, so KVM records the word of each port as a bit in a field
+ * of 64 bits.  If KVM computes the index of the word with 32 ports per word, it
+ * sets a bit beyond that field, in the vCPU's Xen ID.
  */
 static void test_mode_race(void)
 {
@@ -698,7 +698,7 @@ static long unreclaimable_kib(void)
 	return kib;
 }
 
-/* Writes of a hypercall page that userspace provides must not leak memory. */
+/* Writing a hypercall page that userspace provides must not leak memory. */
 static void test_hypercall_page(void)
 {
 	const long nr_writes = 8192, written = nr_writes * (long)PAGE_SIZE / 1024;
@@ -726,8 +726,8 @@ static void test_hypercall_page(void)
 
 	TEST_ASSERT(!memcmp(page, blob, PAGE_SIZE), "hypercall page not written");
 	/*
-	 * A debug kernel keeps freed memory for a while to detect its use, so
-	 * the amount says nothing there.  kmemleak reports the leak instead.
+	 * A debug kernel keeps freed memory for a while to detect accesses to
+	 * it, so the amount does not show a leak there.  kmemleak does.
 	 */
 	TEST_ASSERT(leaked < written / 2 || !access("/sys/kernel/debug/kmemleak", F_OK),
 		    "%ld KiB of kernel memory gone after %ld KiB were written",
@@ -761,7 +761,7 @@ static void *thread_add_memslot(void *vm)
 	return NULL;
 }
 
-/* Memslots can be changed while a vCPU polls for an event that does not come. */
+/* Memslots can be changed while a vCPU polls for an event that never comes. */
 static void test_poll_memslot(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
@@ -1149,7 +1149,10 @@ static void test_migration_to_mode(bool long_mode)
 	assert_delivered(to, 100, 0, "migration");
 	unset_vcpu_info(to, 0);
 
-	/* Pending; masked; both; both, and a pending port in the same word. */
+	/*
+	 * Word 0 has a pending port, word 3 a masked one, word 4 one that is both,
+	 * word 5 one that is both and a pending one, and the last word a pending one.
+	 */
 	clear_pages(to);
 	set_pending(to, 1);
 	mask_port(to, 3 * per_word);
@@ -1177,8 +1180,8 @@ static void test_migration_to_mode(bool long_mode)
 }
 
 /*
- * If the VM is migrated while a vCPU has no vcpu_info, the only trace of its event
- * is the pending bit in guest memory.  Setting the vcpu_info raises the word.
+ * A VM is migrated while a vCPU with an event has no vcpu_info.  The pending bit in
+ * guest memory is all that the destination receives of the event.
  */
 static void test_migration_no_vcpu_info(void)
 {
@@ -1186,7 +1189,7 @@ static void test_migration_no_vcpu_info(void)
 	test_migration_to_mode(false);
 }
 
-/* An event ends the poll even if the upcall is due for another port already. */
+/* An event ends the poll even if another port has raised the upcall before. */
 static void test_poll_unmasked(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
@@ -1228,7 +1231,7 @@ static void run_guest_after(struct xen_vm *x, uint64_t time_ns)
 	run_guest(x);
 }
 
-/* A new deadline replaces the old one, even if the new one has passed. */
+/* A new deadline replaces the old one, even if the new one is in the past. */
 static void test_timer_rearm(void)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
@@ -1326,7 +1329,7 @@ static uint64_t pvclock_read(volatile struct pvclock *clock)
 	return ns;
 }
 
-/* Returns by how many ns, at most, the timer is early by the guest's clock. */
+/* Returns the maximum time, in ns of the guest's clock, that a timer is early. */
 static void guest_time_timer(void)
 {
 	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
@@ -1395,12 +1398,12 @@ static void test_wall_clock(void)
 	x->long_mode = true;
 	assert_wall_clock(x, "hypercall page written");
 
-	/* The page is absent and can be brought back. */
+	/* The page is absent and can be faulted in. */
 	make_absent(x, SHINFO_PAGE);
 	set_long_mode(x, false);
 	assert_wall_clock(x, "mode changed");
 
-	/* The page cannot be brought back. */
+	/* The page cannot be faulted in. */
 	vm_mem_region_delete(x->vm, SHARED_SLOT);
 	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
 		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = true,
@@ -1488,7 +1491,7 @@ static void start_preempting(uint64_t ns)
 	nr_preemptions = 0;
 	race_stop = false;
 
-	/* thread_preempt() inherits the CPU. */
+	/* thread_preempt() inherits the affinity. */
 	set_affinity(&cpu);
 	preempting.preempt = start_thread(thread_preempt, NULL);
 	preempting.wake_up = start_thread(thread_wake_up, NULL);
@@ -1578,7 +1581,7 @@ static void test_runstate_preempted(void)
 		runnable = attr.u.runstate.time_runnable;
 		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
 
-		/* Takes much longer, so do it in every 16th round only. */
+		/* Running the vCPU takes much longer: do it in every 16th round. */
 		if (i % 16)
 			continue;
 		vcpu_run_to_sync(x->vcpus[0]);
@@ -1668,7 +1671,9 @@ static void test_alignment(void)
 			clear_pages(x);
 			ASSERT_EQ(send_by_ioctl(x, 1023, 0), 0);
 			vi = shared_page(x, TIME_INFO_PAGE) + offset;
-			TEST_ASSERT(vi[0] == 1, "offset %d: no upcall", offset);
+			TEST_ASSERT(vi[0] == 1,
+				    "offset %d: evtchn_upcall_pending %u, expected 1",
+				    offset, vi[0]);
 			/* Port 1023 is in word 31, or in word 15 in long mode. */
 			TEST_ASSERT(mode ? vi[8 + 1] == 0x80 : vi[4 + 3] == 0x80,
 				    "offset %d, long mode %d: wrong evtchn_pending_sel",
@@ -1713,7 +1718,7 @@ static void test_msr(void)
 
 #define UPCALL_VECTOR		0x31
 
-/* The per-vCPU vector arrives in the vCPU's local APIC, whatever its ID. */
+/* The per-vCPU vector arrives in the vCPU's own APIC, whatever the APIC ID is. */
 static void test_upcall_vector(void)
 {
 	/* 255 is the broadcast ID of an xAPIC. */
@@ -1777,7 +1782,7 @@ static void assert_addresses(struct xen_vm *x, uint64_t gfn, uint64_t shinfo_hva
 	ASSERT_EQ(get_vcpu_attr(vcpu, KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA).u.hva, vi_hva);
 }
 
-/* The shared pages are set by user address, and are in no memslot. */
+/* Set shared_info and vcpu_info by user address, with memory that is in no memslot. */
 static void test_hva(void)
 {
 	const uint64_t kernel = 0xffff888000000000;
@@ -1791,14 +1796,14 @@ static void test_hva(void)
 	gpa = PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
 	assert_addresses(x, gfn, 0, gpa, 0);
 
-	/* Use anonymous memory that is in no memslot. */
+	/* From here on, the pages are anonymous memory outside of all memslots. */
 	x->shared = mmap(NULL, NR_SHARED_PAGES * PAGE_SIZE, PROT_READ | PROT_WRITE,
 			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	TEST_ASSERT(x->shared != MAP_FAILED, "mmap() failed: %s", strerror(errno));
 	shinfo = (uintptr_t)shared_page(x, SHINFO_PAGE);
 	vi = (uintptr_t)vcpu_info(x, 0);
 
-	/* A bad address changes nothing. */
+	/* An invalid address leaves the pages where they were. */
 	ASSERT_EQ(set_shared_info_hva(x, shinfo + 8), EINVAL);
 	ASSERT_EQ(set_shared_info_hva(x, kernel), EINVAL);
 	ASSERT_EQ(set_vcpu_info_hva(x, vi + 2), ENXIO);
@@ -1825,7 +1830,7 @@ static void test_hva(void)
 	assert_addresses(x, KVM_XEN_INVALID_GFN, shinfo, KVM_XEN_INVALID_GPA, vi);
 	assert_delivered(x, 8, 0, "ioctl");
 
-	/* A page that is read-only makes sends fail until it is writable again. */
+	/* Sends fail while the page is read-only. */
 	mprotect(x->shared, PAGE_SIZE, PROT_READ);
 	ASSERT_EQ(send_by_ioctl(x, 9, 0), EFAULT);
 	ASSERT_EQ(set_shared_info_hva(x, shinfo), EFAULT);
@@ -1874,6 +1879,7 @@ static const struct test_case {
 #define NR_PERF_EVENTS		2000
 #define PERF_PORT		8
 
+/* Let the next event of the port raise its word again, as the guest's handler does. */
 static void take_event(struct xen_vcpu_info *vi, uint64_t *pending)
 {
 	WRITE_ONCE(vi->evtchn_pending_sel, 0);
@@ -1921,7 +1927,7 @@ static void perf_hypercall(struct xen_vm *x, uint64_t *pending, int fd)
 	vcpu_run_to_sync(x->vcpus[0]);
 }
 
-/* Prints what an event costs the sender, for each way to send it. */
+/* Print the cost of an event for the sender, for each way to send it. */
 static void measure(void)
 {
 	static const struct {
@@ -1943,7 +1949,7 @@ static void measure(void)
 	sync_global_to_guest(x->vm, guest_send_port);
 
 	for (i = 0; i < ARRAY_SIZE(ways); i++) {
-		/* Warm up caches first. */
+		/* The first run warms up caches and is not measured. */
 		ways[i].run(x, pending, fd);
 		start = now_ns();
 		ways[i].run(x, pending, fd);
@@ -1962,7 +1968,7 @@ static void help(void)
 
 	printf("usage: %s [-h] [-n races] [-p] [-t case]\n", program_invocation_short_name);
 	printf(" -n: how many times to try a race (default: %d)\n", nr_races);
-	printf(" -p: measure what an event costs, run no case\n");
+	printf(" -p: measure the cost of an event instead of running cases\n");
 	printf(" -t: run only this case, one of:");
 	for (i = 0; i < ARRAY_SIZE(cases); i++)
 		printf(" %s", cases[i].name);

@@ -3,8 +3,8 @@
  * GICv3 Interrupt Translation Service (ITS) and LPIs
  *
  * The host creates the ITSes and the memory for their tables.  The guest
- * programs the ITSes and redistributors, and sends commands.  Tables and
- * registers are identity-mapped.
+ * programs the ITSes and redistributors, and sends ITS commands.  Tables and
+ * registers are identity-mapped, so their addresses below are GPAs and GVAs.
  */
 #ifndef SELFTEST_KVM_GIC_V3_ITS_H
 #define SELFTEST_KVM_GIC_V3_ITS_H
@@ -39,7 +39,7 @@
 #define GICR_CTLR_ENABLE_LPIS		BIT(0)
 #define GICR_PENDBASER_PTZ		BIT_ULL(62)
 
-/* A byte of the LPI configuration table */
+/* Fields of the LPI configuration table, which has a byte for each LPI */
 #define LPI_PROP_PRIO			0xa0
 #define LPI_PROP_ENABLED		BIT(0)
 
@@ -53,24 +53,24 @@ struct its {
 	uint64_t device_table;
 	uint64_t collection_table;
 	uint64_t cmdq;
-	/* Offset of the next command, maintained by the guest */
+	/* Offset of the next command in the queue, used by the guest */
 	uint64_t cwriter;
 	/* File descriptor of the KVM device, used by the host */
 	int fd;
 };
 
 /*
- * Tables for LPIs: a configuration table, which the redistributors share, and a
- * pending table for each redistributor.
+ * Tables for LPIs: a configuration table that all redistributors share, and a
+ * pending table of 64K for each redistributor.
  */
 struct lpi_tables {
 	uint64_t config;
 	uint64_t pending;
-	/* Memory for interrupt translation tables */
+	/* Memory for the interrupt translation tables of devices */
 	uint64_t itt;
 };
 
-/* Host */
+/* For use by the host */
 void vgic_its_setup(struct kvm_vm *vm, struct its *its, unsigned int nr_its,
 		    uint64_t base_gpa, struct lpi_tables *tables,
 		    unsigned int nr_vcpus, uint64_t itt_size,
@@ -81,7 +81,7 @@ void kvm_gsi_routing_msi_add(struct kvm_irq_routing *routing, uint32_t gsi,
 			     uint64_t doorbell, uint32_t device_id,
 			     uint32_t event_id);
 
-/* Guest */
+/* For use by guest code */
 void its_enable(struct its *its);
 void its_disable(struct its *its);
 void its_write_baser(struct its *its, uint64_t reg, bool valid);

@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * The parts of the Xen ABI that tests use, in the layout of a 64-bit guest, and
- * helpers for KVM's interface to it.
+ * The parts of the Xen ABI that the tests use, and helpers for KVM's Xen
+ * ioctls.  Structures have the layout of 64-bit guests.
  */
 #ifndef SELFTEST_KVM_XEN_H
 #define SELFTEST_KVM_XEN_H
@@ -9,10 +9,10 @@
 #include "kvm_util.h"
 #include "processor.h"
 
-/* As the address in an attribute: there is no page. */
+/* As the address or gfn of a page in an attribute: remove the page. */
 #define GPA_INVALID				(~0ul)
 
-/* Arbitrarily chosen, the first MSR of the range for hypervisors. */
+/* Arbitrarily chosen from the MSRs that are reserved for hypervisors. */
 #define XEN_HYPERCALL_MSR			0x40000000
 
 #define __HYPERVISOR_set_timer_op		15
@@ -31,12 +31,18 @@
 
 #define EVTCHNSTAT_interdomain			2
 
-/* Offsets in struct shared_info; evtchn_pending[] is the same in both modes */
+/*
+ * Offsets in struct shared_info.  COMPAT is for 32-bit guests.  The offset of
+ * evtchn_pending[] is the same for 32-bit and 64-bit guests.
+ */
 #define XEN_SHINFO_PENDING			0x800
 #define XEN_SHINFO_MASK				0xa00
 #define XEN_SHINFO_COMPAT_MASK			0x880
 
-/* Wall clock; for 32-bit guests, the upper half of the seconds is separate */
+/*
+ * Offsets of the wall clock.  In the layout of 32-bit guests, the upper half of
+ * the seconds is not next to the lower half.
+ */
 #define XEN_SHINFO_WALL_CLOCK			0xc00
 #define XEN_SHINFO_COMPAT_WALL_CLOCK		0x900
 #define XEN_SHINFO_COMPAT_SEC_HI		0x924
@@ -71,7 +77,7 @@ static inline int xen_send_event(struct kvm_vm *vm, uint32_t port, uint32_t vcpu
 	return __vm_ioctl(vm, KVM_XEN_HVM_EVTCHN_SEND, &evtchn) ? errno : 0;
 }
 
-/* Returns the time on which the timers of the guest are based. */
+/* Returns kvmclock, to which the deadlines of the guest's timers refer. */
 static inline uint64_t xen_guest_clock(struct kvm_vm *vm)
 {
 	struct kvm_clock_data data;
@@ -90,7 +96,10 @@ static inline uint64_t xen_hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
 	return ret;
 }
 
-/* The library's 64-bit code segment, and an unused GDT entry for 32-bit code */
+/*
+ * Selectors of code segments: the 64-bit segment that the library sets up, and
+ * a 32-bit segment in an entry of the GDT that the library does not use.
+ */
 #define XEN_CODE64_SELECTOR			0x8
 #define XEN_CODE32_SELECTOR			0x30
 
@@ -106,9 +115,9 @@ static inline void xen_add_code32_segment(struct kvm_vm *vm, struct kvm_vcpu *vc
 }
 
 /*
- * Make a hypercall like a 32-bit guest: from the 32-bit code segment, with the
- * arguments in ebx, ecx and edx.  For use by guest code, in 64-bit mode, after
- * xen_add_code32_segment().
+ * Make a hypercall as a 32-bit guest does: from a 32-bit code segment, with the
+ * arguments in EBX, ECX and EDX.  For use by guest code in 64-bit mode.  The
+ * host must have called xen_add_code32_segment() for the vCPU.
  */
 static inline uint32_t xen_hypercall32(uint32_t nr, uint32_t arg1, uint32_t arg2,
 				       uint32_t arg3)

@@ -26,18 +26,22 @@
 
 #define ITS_CMD_VALID		BIT_ULL(63)
 
-/* GITS_TYPER.PTA is 0: RDbase is the number of a vCPU, from bit 16 on. */
+/*
+ * KVM's ITSes have GITS_TYPER.PTA == 0: the RDbase of a command is the number
+ * of a redistributor, which is the ID of its vCPU.  The field starts at bit 16.
+ */
 #define ITS_CMD_RDBASE(vcpu_id)	((uint64_t)(vcpu_id) << 16)
 
 #define ITS_TABLES_SIZE		(ITS_DEVICE_TABLE_SIZE + \
 				 ITS_COLLECTION_TABLE_SIZE + ITS_CMDQ_SIZE)
 
-/* Arbitrarily chosen, not used by the library */
+/* Arbitrarily chosen; the rest of the library does not use this slot. */
 #define ITS_MEMSLOT		10
 
 /*
- * Create @nr_its ITSes at consecutive addresses from @base_gpa, and allocate the
- * tables of ITSes and redistributors at @tables_gpa.  All LPIs are enabled in the
+ * Create @nr_its ITSes at consecutive addresses from @base_gpa.  Allocate the
+ * tables of the ITSes and of @nr_vcpus redistributors, and @itt_size bytes for
+ * interrupt translation tables, from @tables_gpa.  Enable all LPIs in the
  * configuration table.
  */
 void vgic_its_setup(struct kvm_vm *vm, struct its *its, unsigned int nr_its,
@@ -95,6 +99,7 @@ int __kvm_signal_msi(struct kvm_vm *vm, uint64_t doorbell, uint32_t flags,
 	return ret < 0 ? -errno : ret;
 }
 
+/* Adds a route from @gsi to an MSI to @routing. */
 void kvm_gsi_routing_msi_add(struct kvm_irq_routing *routing, uint32_t gsi,
 			     uint64_t doorbell, uint32_t device_id,
 			     uint32_t event_id)
@@ -138,7 +143,7 @@ void its_disable(struct its *its)
 	its_writel(its, GITS_CTLR, 0);
 }
 
-/* KVM uses 64K pages.  The size field is the number of pages minus one. */
+/* The size field is the number of pages minus one; KVM's page size is 64K. */
 void its_write_baser(struct its *its, uint64_t reg, bool valid)
 {
 	bool device = reg == GITS_BASER_DEVICE;
@@ -176,7 +181,7 @@ static void its_send(struct its *its, uint64_t w0, uint64_t w1, uint64_t w2,
 	its->cwriter = (its->cwriter + ITS_CMD_SIZE) % ITS_CMDQ_SIZE;
 	its_writeq(its, GITS_CWRITER, its->cwriter);
 
-	/* KVM executes the command before the write completes. */
+	/* KVM executes the command before the guest continues. */
 	GUEST_ASSERT_EQ(its_readq(its, GITS_CREADR), its->cwriter);
 }
 
@@ -257,7 +262,10 @@ void gicr_set_lpis_enabled(uint64_t gicr_base, uint32_t vcpu_id, bool enable)
 	       gicr_frame(gicr_base, vcpu_id) + GICR_CTLR);
 }
 
-/* Set the tables of a redistributor, with no LPI pending, and enable LPIs. */
+/*
+ * Set the tables of a redistributor, and enable LPIs.  GICR_PENDBASER.PTZ says
+ * that no LPI is pending.
+ */
 void gicr_enable_lpis(uint64_t gicr_base, uint32_t vcpu_id,
 		      const struct lpi_tables *tables)
 {

@@ -32,8 +32,8 @@ vm_vaddr_t vcpu_alloc_hyperv_hcall_pages(struct kvm_vm *vm)
 }
 
 /*
- * Set the arguments for a flush of the vCPUs in @targets, where vCPU i has VP
- * index @vp_index[i].  VP indices above 63 need an _EX hypercall.
+ * Set the arguments of a flush of the vCPUs in @targets.  vCPU i has the VP
+ * index @vp_index[i].  Only _EX hypercalls can target VP indices above 63.
  */
 void hyperv_set_flush(struct hyperv_tlb_flush *flush, uint16_t code, bool fast,
 		      const uint32_t *vp_index, uint32_t targets)
@@ -95,8 +95,9 @@ uint64_t hyperv_hypercall(const struct hyperv_hcall_pages *pages,
 	uint64_t ret;
 
 	/*
-	 * Skip the red zone of the function, which CALL would overwrite.  RAX is
-	 * not an input of hypercalls, so it can hold the address of the page.
+	 * The compiler does not know that the asm pushes a return address, so
+	 * skip the red zone, which it may use.  RAX is not an input of
+	 * hypercalls, so it can hold the address of the hypercall page.
 	 */
 	asm volatile("movdqu 0x00(%[xmm]), %%xmm0\n\t"
 		     "movdqu 0x10(%[xmm]), %%xmm1\n\t"
@@ -128,7 +129,11 @@ uint64_t hyperv_flush_tlb(const struct hyperv_hcall_pages *pages,
 		  (uint64_t)flush->rep_cnt << HV_HYPERCALL_REP_COMP_OFFSET |
 		  (uint64_t)flush->rep_start << HV_HYPERCALL_REP_START_OFFSET;
 
-	/* Fast input has its first two words in RDX and R8, the others in XMM. */
+	/*
+	 * Fast input is in registers: the first two words are in RDX and R8,
+	 * the others in XMM registers.  For the LIST hypercalls, the list of
+	 * addresses is left out, because KVM flushes all addresses.
+	 */
 	if (flush->fast) {
 		control |= HV_HYPERCALL_FAST_BIT;
 		out = xmm;
