@@ -14,6 +14,10 @@
  * A test passes with exit code 0 and a clean kernel log, is skipped with exit
  * code 4 (KSFT_SKIP), and fails otherwise.  When its time is over, the test and
  * all its children are killed; the TAP shows where its threads stood.
+ *
+ * A test that uses kselftest_harness.h has cases, and prints TAP itself.  PID 1 turns
+ * each of its points into a point NAME@CASE, and checks its plan.  The timeout is that
+ * of each case, which the test has to end; it is TEST_TIMEOUT in its environment.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -40,6 +44,7 @@
 #include <unistd.h>
 
 #define KSFT_SKIP	4
+#define GRACE		5	/* seconds that a test has to end a case */
 #define PREEMPT_MODEL	"/sys/kernel/debug/sched/preempt"
 
 /* Lines of the kernel log that no healthy run prints. */
@@ -309,32 +314,120 @@ static void exec_test(char *command, int out)
 	_exit(127);
 }
 
-static void end_line(char *line, size_t *len, char *reason, size_t size)
+/* The test that runs */
+static struct {
+	const char *name;
+	long timeout;
+	double deadline;
+	char reason[512];	/* the last line that gives a reason to skip */
+	unsigned int planned, cases;
+	char running[256];	/* the case as the test names it, or empty */
+	char point[448];	/* and as its point is named */
+	double start;		/* of the case */
+} test;
+
+static double begin(const char *name)
 {
+	tap("# begin %s\n", name);
+	mark_log("begin", name);
+	return now();
+}
+
+/* A splat since begin() is a failure. */
+static void end(bool ok, const char *name, double start, const char *skipped)
+{
+	char splat[1024] = "", directive[1200] = "";
+
+	mark_log("end", name);
+	if (skipped)
+		snprintf(directive, sizeof(directive), "SKIP %s", skipped);
+	if (scan_kmsg(splat, sizeof(splat))) {
+		tap("# splat: %s\n", splat);
+		directive[0] = '\0';
+		ok = false;
+	}
+	tap("# time %.2f\n", now() - start);
+	point(ok, name, directive);
+}
+
+static void begin_case(const char *name)
+{
+	const char *dot = strrchr(name, '.');
+
+	snprintf(test.running, sizeof(test.running), "%s", name);
+	snprintf(test.point, sizeof(test.point), "%s@%s", test.name, dot ? dot + 1 : name);
+	test.cases++;
+	test.start = begin(test.point);
+	test.deadline = test.start + test.timeout;
+}
+
+static void end_case(bool ok, const char *skipped)
+{
+	end(ok, test.point, test.start, skipped);
+	test.running[0] = '\0';
+	test.deadline = now() + test.timeout;
+	/* What follows is in the log of the test. */
+	tap("# begin %s\n", test.name);
+}
+
+/* The end of a case: "ok N NAME", "not ok N NAME", or "ok N # SKIP REASON" */
+static void find_result(const char *line)
+{
+	bool ok = strncmp(line, "not ", 4);
+	int len = 0;
+
+	line += ok ? 0 : 4;
+	sscanf(line, "ok %*u %n", &len);
+	if (len && ok && !strncmp(line + len, "# SKIP ", 7))
+		end_case(true, line + len + 7);
+	else if (len && !strcmp(line + len, test.running))
+		end_case(ok, NULL);
+}
+
+static void end_line(char *line, size_t *len)
+{
+	char name[256];
+
 	line[*len] = '\0';
 	*len = 0;
+	if (sscanf(line, "# RUN %255s ...", name) == 1) {
+		/* There was no result, which is a failure. */
+		if (*test.running)
+			end_case(false, NULL);
+		begin_case(name);
+	}
 	tap("# %s\n", line);
 	if (strcasestr(line, "skip") || strcasestr(line, "requirement"))
-		snprintf(reason, size, "%.*s", (int)size - 1, line);
+		snprintf(test.reason, sizeof(test.reason), "%.511s", line);
+	if (*test.running)
+		find_result(line);
+	else
+		sscanf(line, "1..%u", &test.planned);
 }
 
 /*
  * Copy the output of a test as TAP comments until it closes its end of the
- * pipe.  Keeps the last line that gives a reason to skip.  Returns false when
- * the time is over first.
+ * pipe.  Returns false when the time is over first.
  */
-static bool copy_output(int fd, double deadline, char *reason, size_t size)
+static bool copy_output(int fd)
 {
 	char buf[4096], line[1024];
+	double extended = 0;
 	size_t len = 0;
 	ssize_t i, n;
 
 	for (;;) {
 		struct pollfd pfd = { .fd = fd, .events = POLLIN };
-		double left = deadline - now();
+		double left = test.deadline - now();
 
-		if (left <= 0)
-			return false;
+		if (left <= 0) {
+			if (!*test.running || test.deadline == extended)
+				return false;
+			show_threads();
+			test.deadline += 2 * GRACE;
+			extended = test.deadline;
+			continue;
+		}
 		if (poll(&pfd, 1, (int)(left * 1000) + 1) <= 0)
 			continue;
 		n = read(fd, buf, sizeof(buf));
@@ -346,25 +439,32 @@ static bool copy_output(int fd, double deadline, char *reason, size_t size)
 					line[len++] = buf[i];
 				continue;
 			}
-			end_line(line, &len, reason, size);
+			end_line(line, &len);
 		}
 	}
 	if (len)
-		end_line(line, &len, reason, size);
+		end_line(line, &len);
 	return true;
 }
 
 static void run_test(long timeout, const char *name, char *command)
 {
-	char reason[512] = "no reason given", splat[1024] = "";
-	char directive[1200] = "";
-	double start = now();
+	const char *skipped = NULL;
 	bool ok = false, in_time;
 	int fds[2], status;
+	char text[32];
+	double start;
 	pid_t pid;
 
-	tap("# begin %s\n", name);
-	mark_log("begin", name);
+	memset(&test, 0, sizeof(test));
+	test.name = name;
+	test.timeout = timeout;
+	strcpy(test.reason, "no reason given");
+	snprintf(text, sizeof(text), "%ld", timeout + GRACE);
+	setenv("TEST_TIMEOUT", text, 1);
+
+	start = begin(name);
+	test.deadline = start + timeout;
 	if (pipe2(fds, O_CLOEXEC))
 		give_up("pipe2");
 	pid = fork();
@@ -374,7 +474,7 @@ static void run_test(long timeout, const char *name, char *command)
 		exec_test(command, fds[1]);
 
 	close(fds[1]);
-	in_time = copy_output(fds[0], start + timeout, reason, sizeof(reason));
+	in_time = copy_output(fds[0]);
 	if (!in_time) {
 		show_threads();
 		kill(pid, SIGKILL);
@@ -382,29 +482,25 @@ static void run_test(long timeout, const char *name, char *command)
 	waitpid(pid, &status, 0);
 	close(fds[0]);
 	kill_leftovers();
-	mark_log("end", name);
+	if (*test.running)
+		end_case(false, NULL);
 
 	if (!in_time) {
 		tap("# killed: not done after %ld s\n", timeout);
 	} else if (WIFSIGNALED(status)) {
 		tap("# killed by signal %d (%s)\n", WTERMSIG(status),
 		    strsignal(WTERMSIG(status)));
-	} else if (WEXITSTATUS(status) == KSFT_SKIP) {
+	} else if (WEXITSTATUS(status) == KSFT_SKIP && !test.cases) {
 		ok = true;
-		snprintf(directive, sizeof(directive), "SKIP %s", reason);
+		skipped = test.reason;
+	} else if (WEXITSTATUS(status)) {
+		tap("# exit code %d\n", WEXITSTATUS(status));
+	} else if (test.cases && test.cases != test.planned) {
+		tap("# cases: %u, planned: %u\n", test.cases, test.planned);
 	} else {
-		ok = !WEXITSTATUS(status);
-		if (!ok)
-			tap("# exit code %d\n", WEXITSTATUS(status));
+		ok = true;
 	}
-
-	if (scan_kmsg(splat, sizeof(splat))) {
-		tap("# splat: %s\n", splat);
-		directive[0] = '\0';
-		ok = false;
-	}
-	tap("# time %.2f\n", now() - start);
-	point(ok, name, directive);
+	end(ok, name, start, skipped);
 }
 
 static void run_tests(void)

@@ -15,7 +15,8 @@ results.
                    --factor N  multiplies the time that they may take
   tap OUT [REASON...]        read OUT/tap, write OUT/results.tsv and the log of each
                              test; a REASON is something that QEMU did wrong
-  join OUT RUN...            print results.tsv from OUT/{base,patched}-RUN/results.tsv
+  join OUT RUN...            print results.tsv from OUT/{base,patched}-RUN/results.tsv; the
+                             output of scripts/patch-info is on standard input
   report RESULTS OUT RUN...  print the table of results, and what failed or was skipped
   summary RESULTS            print one line
   plan WORK [FEATURE...]     write to WORK the lists of tests, for scripts/boot, that
@@ -24,8 +25,8 @@ results.
   ratios BENCH               print patched/base, number and name of each figure
   goals BENCH                print the table of figures with their verdicts
 
-CHOICE is any of --when WORD, --names TEST..., --features FEATURE...; RUN is
-ARCH-FLAVOUR-WHEN-MACHINE.
+CHOICE is any of --when WORD, --names TEST..., --features FEATURE...; TEST is a test
+of tests.tsv, or TEST@CASE; RUN is ARCH-FLAVOUR-WHEN-MACHINE.
 
 Exit code: 0, or 1 for a table that is wrong, for something unknown, for a test that
 failed (tap, summary), and for a goal that was missed (goals).
@@ -158,15 +159,33 @@ class Tables:
 		return figures
 
 
+def whole(test):
+	"""The test that a case TEST@CASE belongs to."""
+	return test.rpartition("@")[0]
+
+
+def named(tests, args):
+	"""The tests with these names, with the cases of them that are named as arguments."""
+	tests = {t.test: t for t in tests}
+	cases = {}
+	for name in args.names:
+		if name in tests:
+			cases.setdefault(name, [])
+		elif whole(name) in tests:
+			cases.setdefault(whole(name), []).append(name.rpartition("@")[2])
+		else:
+			die(f"tests.tsv has no test '{name}' for {args.arch}")
+	return [tests[name]._replace(args=" ".join([tests[name].args, *cases[name]]).removeprefix("- "))
+		for name in tests if name in cases]
+
+
 def chosen(tables, args):
 	tests = [t for t in tables.tests() if args.arch in arches(t)]
-	for name in args.names or []:
-		if name not in [t.test for t in tests]:
-			die(f"tests.tsv has no test '{name}' for {args.arch}")
+	if args.names:
+		tests = named(tests, args)
 	return [t for t in tests
 		if (not args.when or args.when in t.when.split(","))
-		and (not args.names or t.test in args.names)
-		and (not args.features or t.feature in args.features)]
+		and (not args.features or set(t.feature.split(",")) & set(args.features))]
 
 
 def check(_):
@@ -233,6 +252,8 @@ def read_tap(lines):
 			# The reason may be TAP of the test itself.
 			skip = skip.rpartition(" # SKIP ")[2]
 			result = "fail" if point[1] else "skip" if skip else "ok"
+			if test in (r.test for r in results):
+				result, skip, why = "fail", "", "two points of this name"
 			results.append(Result(test, result, seconds, skip or why))
 			name, seconds, why = None, "-", ""
 		elif line.startswith("# begin "):
@@ -240,7 +261,7 @@ def read_tap(lines):
 		elif line.startswith("# time "):
 			seconds = line[7:]
 		elif line.startswith("# "):
-			if re.match("splat:|killed|exit code", line[2:]):
+			if re.match(r"splat:|killed|exit code|cases:|# \w+: Test ", line[2:]):
 				why = line[2:]
 			if name:
 				logs.setdefault(name, []).append(line[2:] + "\n")
@@ -285,7 +306,13 @@ def run_results(args):
 
 
 def join(args):
-	features = {(t.test, arch): t.feature for t in Tables().tests() for arch in arches(t)}
+	features = {(t.test, arch): t.feature.split(",")[0] for t in Tables().tests() for arch in arches(t)}
+	# A case may be of another topic than its test: the first one with a patch that it proves.
+	topics = {}
+	for line in sys.stdin:
+		patch, kind, what, _ = line.split("\t")
+		if kind == "run":
+			topics.setdefault(what, patch.split("/")[0].split("-", 1)[1])
 	table = {}
 	for arch, which, _, results in run_results(args):
 		for r in results:
@@ -295,7 +322,13 @@ def join(args):
 				row[which] = r.result
 	print(*Row._fields, sep="\t")
 	for (arch, test), row in table.items():
-		print(features.get((test, arch), "machine"), arch, test, row["base"], row["patched"], sep="\t")
+		feature = features.get((test, arch), "machine")
+		if (whole(test), arch) in features and (test, arch) not in features:
+			feature = topics.get(test, features[whole(test), arch])
+			for which, result in table.get((arch, whole(test)), {}).items():
+				if (row[which], result) == ("-", "skip"):
+					row[which] = "skip"
+		print(feature, arch, test, row["base"], row["patched"], sep="\t")
 
 
 def report(args):
@@ -366,7 +399,8 @@ def value(out, which, where, test, key, unit):
 	"""The last such line of a log counts.  Of several rounds it is the least for a
 	time, because other work on the host only adds to it, and else the greatest."""
 	found = []
-	for path in glob.glob(os.path.join(out, f"bench-{which}-{where}-*", test + ".log")):
+	logs = os.path.join(out, f"bench-{which}-{where}-*", test)
+	for path in glob.glob(logs + ".log") + glob.glob(logs + "@*.log"):
 		with open_text(path) as f:
 			words = [w for w in map(str.split, f) if w[:2] == ["perf:", key] and len(w) == 4]
 		if words:

@@ -2,10 +2,12 @@
 /*
  * The test that goes wrong on purpose.
  *
- * usage: victim pass|skip|fail|crash|hang|log TEXT|splat|panic|leak MODULE
+ * usage: victim [say LINE... then] pass|skip|fail|crash|hang|log TEXT|splat|panic|
+ *               leak MODULE
  *
  * Each way must turn the result of the harness red (but for pass and skip);
- * scripts/check.d/90-harness.t runs them all.
+ * scripts/check.d/90-harness.t runs them all.  The lines, in which "_" stands for a
+ * space, are those of a test with cases.
  */
 #define _GNU_SOURCE
 #include <fcntl.h>
@@ -29,10 +31,21 @@ static int write_to(const char *path, const char *text)
 
 int main(int argc, char **argv)
 {
-	const char *way = argc > 1 ? argv[1] : "";
-	const char *arg = argc > 2 ? argv[2] : "";
+	const char *way, *arg;
+	char *c;
 	int fd;
 
+	if (argc > 1 && !strcmp(argv[1], "say")) {
+		for (argv++, argc--; argc > 1 && strcmp(argv[1], "then"); argv++, argc--) {
+			for (c = argv[1]; *c; c++)
+				putchar(*c == '_' ? ' ' : *c);
+			putchar('\n');
+		}
+		argv++;
+		argc--;
+	}
+	way = argc > 1 ? argv[1] : "";
+	arg = argc > 2 ? argv[2] : "";
 	printf("victim: %s %s\n", way, arg);
 	fflush(stdout);
 
@@ -67,6 +80,6 @@ int main(int argc, char **argv)
 		}
 		return 0;
 	}
-	fprintf(stderr, "usage: victim pass|skip|fail|crash|hang|log TEXT|splat|panic|leak MODULE\n");
+	fprintf(stderr, "usage: victim [say LINE... then] pass|skip|fail|crash|hang|log TEXT|splat|panic|leak MODULE\n");
 	return 2;
 }

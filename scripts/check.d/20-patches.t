@@ -123,7 +123,8 @@ trailers() {
 	"$TOP/scripts/patch-info" > "$work/info"
 	none < <(awk -F'\t' '
 		FILENAME ~ /tests\.tsv$/ { known[$2] = 1; next }
-		($2 == "run" || $2 == "build") && !($3 in known) { print $1 ": no such test in tests.tsv: " $3 }
+		{ whole = $3; sub(/@[^@]*$/, "", whole) }
+		($2 == "run" || $2 == "build") && !($3 in known || whole in known) { print $1 ": no such test in tests.tsv: " $3 }
 		' "$PATCHES/tests.tsv" "$work/info")
 }
 

@@ -48,7 +48,9 @@ done < <(awk -F'\t' -v OFS='\t' -v arches="$ARCHES" '
 		next
 	}
 	$2 == "run" || $2 == "build" {
-		n = split(on[$3], a, " ")
+		whole = $3
+		sub(/@[^@]*$/, "", whole)
+		n = split($3 in on ? on[$3] : on[whole], a, " ")
 		for (i = 1; i <= n; i++)
 			if (($4 == "-" || $4 == a[i]) && !said[$2, $3, a[i]]++)
 				print $2, $3, a[i]

@@ -47,6 +47,42 @@ hangs() {
 	turns_red v 'not done after 3 s' x86_64 plain $'3\tv\t/victim hang' &&
 		grep -A 2 '^thread .*(victim) S ' "$work/out/v.log" && grep 'do_syscall_64' "$work/out/v.log"
 }
+# What kselftest_harness.h prints; "_" stands for a space.
+run() { say "#__RUN___________global.$1_..."; }
+# cases REASON LINES: a test that prints these lines and fails is red, and so is its case
+# b, for this reason; a and c are green
+cases() {
+	local which
+	turns_red v@b "$1" x86_64 plain $'3\tv\t/victim say '"$2 then fail"
+	red v 'exit code 1'
+	for which in a c; do
+		grep -P "^v@$which\tok\t" "$work/out/results.tsv"
+	done
+	grep -qx "text of b" "$work/out/v@b.log"
+	not grep -q "text of b" "$work/out/v.log" "$work/out/v@"[ac].log
+}
+plan=1..3 a="$(run a) ok_1_global.a" b="$(run b) text_of_b" c="$(run c) ok_3_global.c"
+skipped_case() {
+	stays_green x86_64 plain $'3\tv\t/victim say '"$plan $a $b ok_2_#_SKIP_planted $c then pass" &&
+		grep -P '^v@b\tskip\t[^\t]*\tplanted$' "$work/out/results.tsv" &&
+		grep -P '^v\tok\t' "$work/out/results.tsv"
+}
+# The test does not end its case, so PID 1 ends the test.
+hanging_case() {
+	turns_red v 'not done after 1 s' x86_64 plain $'1\tv\t/victim say '"$plan $a $b then hang" && red v@b '' &&
+		grep '^thread .*(victim) S ' "$work/out/v@b.log"
+}
+splat_in_case() {
+	turns_red v@a 'splat: WARNING:planted' x86_64 plain \
+		$'3\tv\t/victim say '"$plan $(run a) then log WARNING:planted" && red v 'cases: 1, planned: 3'
+}
+two_points() {
+	turns_red v@a 'two points' x86_64 plain $'3\tv\t/victim say '"1..2 $a $(run a) ok_2_global.a then pass"
+}
+without_plan() {
+	turns_red v 'cases: 1, planned: 0' x86_64 plain $'3\tv\t/victim say '"$a then pass" &&
+		grep -P '^v@a\tok\t' "$work/out/results.tsv"
+}
 leaks() {
 	turns_red 'no leak' . x86_64 debug $'60\tv\t/victim leak /kmemleak-test.ko' &&
 		grep 'unreferenced object' "$work/out/no leak.log"
@@ -65,6 +101,18 @@ ok "a kernel panic is red" turns_red verdict 'no verdict' x86_64 plain $'10\tv\t
 ok "a kernel panic is red on arm64" turns_red verdict 'no verdict' arm64 plain $'10\tv\t/victim panic'
 ok "a machine without a verdict is red" no_verdict
 ok "a machine that does not boot is red" no_boot
+ok "a failing case is red, the others are not" cases 'Test failed at step #254' \
+	"$plan $a $b #_b:_Test_failed_at_step_#254 not_ok_2_global.b $c"
+ok "a case that a signal ends is red" cases 'by signal 11' \
+	"$plan $a $b #_b:_Test_terminated_unexpectedly_by_signal_11 not_ok_2_global.b $c"
+ok "a case that the test ends for its time is red" cases 'by timeout' \
+	"$plan $a $b #_b:_Test_terminated_by_timeout not_ok_2_global.b $c"
+ok "a case without a result is red" cases '' "$plan $a $b $c"
+ok "a skipped case is a skip, with its reason" skipped_case
+ok "a hanging case is red, and where it stands is shown" hanging_case
+ok "a splat is that of its case" splat_in_case
+ok "two points of one name are red" two_points
+ok "cases without a plan are red" without_plan
 ok "a leak is red, with its report" leaks
 ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
 
