@@ -3,10 +3,11 @@
  * PID 1 of the test machine.
  *
  * Runs the tests listed in /tests one after another and writes TAP to the
- * virtio-serial port named "tap".  The plan ("1..N") is the verdict: it is
- * written last, after the leak scan and the end of the kernel log.  A machine
- * that panics, hangs or is stopped never writes a plan, so TAP without a plan
- * is a failure.  The kernel log goes to the port named "kmsg".
+ * virtio-serial port named "tap", or to ttyS1 if there is none.  The plan
+ * ("1..N") is the verdict: it is written last, after the leak scan and the end
+ * of the kernel log.  A machine that panics, hangs or is stopped never writes a
+ * plan, so TAP without a plan is a failure.  The kernel log goes to the port
+ * named "kmsg", or to ttyS2.
  *
  * A line of /tests has three fields, separated by tabs: timeout in seconds (1 to
  * 86400), name, command with arguments.
@@ -40,6 +41,7 @@
 #include <sys/sysmacros.h>
 #include <sys/utsname.h>
 #include <sys/wait.h>
+#include <termios.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -135,8 +137,26 @@ static bool read_line(const char *path, char *buf, size_t size)
 	return ok;
 }
 
-/* Without udev, the port's name is only in sysfs. */
-static int open_port(const char *wanted)
+static int open_serial(const char *path)
+{
+	int fd = open(path, O_WRONLY | O_NOCTTY | O_CLOEXEC);
+	struct termios tio;
+
+	if (fd >= 0 && !tcgetattr(fd, &tio)) {
+		cfmakeraw(&tio);
+		tio.c_cflag |= CLOCAL;
+		cfsetspeed(&tio, B115200);
+		tcsetattr(fd, TCSANOW, &tio);
+		return fd;
+	}
+	return -1;
+}
+
+/*
+ * Without udev, the port's name is only in sysfs.  A machine without virtio has a
+ * serial port in its place.
+ */
+static int open_port(const char *wanted, const char *serial)
 {
 	DIR *dir = opendir("/sys/class/virtio-ports");
 	struct dirent *de;
@@ -153,7 +173,7 @@ static int open_port(const char *wanted)
 	}
 	if (dir)
 		closedir(dir);
-	return fd;
+	return fd < 0 ? open_serial(serial) : fd;
 }
 
 static bool is_splat(const char *line)
@@ -624,16 +644,16 @@ int main(void)
 	setrlimit(RLIMIT_NOFILE, &lim);
 	chdir("/tmp");
 
-	fd = open_port("tap");
+	fd = open_port("tap", "/dev/ttyS1");
 	if (fd < 0)
-		give_up("no virtio-serial port named tap");
+		give_up("no port for TAP");
 	tap_fd = fd;
 	tap("TAP version 13\n");
 
-	fd = open_port("kmsg");
+	fd = open_port("kmsg", "/dev/ttyS2");
 	log_file = fd < 0 ? NULL : fdopen(fd, "w");
 	if (!log_file)
-		give_up("no virtio-serial port named kmsg");
+		give_up("no port for the kernel log");
 
 	if (regcomp(&splat_re, splat_pattern, REG_EXTENDED | REG_NOSUB))
 		give_up("splat pattern");
@@ -667,7 +687,10 @@ int main(void)
 	point(!*splat, "kernel log", "");
 
 	tap("1..%d\n", points);
-	fsync(tap_fd);
+	if (fsync(tap_fd)) {
+		tcdrain(tap_fd);
+		tcdrain(fileno(log_file));
+	}
 	sync();
 	reboot(RB_POWER_OFF);
 	return 1;

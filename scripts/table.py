@@ -26,7 +26,8 @@ results.
   goals BENCH                print the table of figures with their verdicts
 
 CHOICE is any of --when WORD, --names TEST..., --features FEATURE...; TEST is a test
-of tests.tsv, or TEST@CASE; RUN is ARCH-FLAVOUR-WHEN-MACHINE.
+of tests.tsv, or TEST@CASE; the WORD modes stands for the tests of run, on the machines
+that are like theirs.  RUN is ARCH-FLAVOUR-WHEN-MACHINE.
 
 Exit code: 0, or 1 for a table that is wrong, for something unknown, for a test that
 failed (tap, summary), and for a goal that was missed (goals).
@@ -43,7 +44,7 @@ WHEN = ("run", "debug", "slow", "soak")
 HERE = os.path.dirname(os.path.abspath(__file__))
 BENCH_SECONDS = 1800	# the longest that a test may take to measure
 
-Machine = namedtuple("Machine", "machine arch accel cpus append")
+Machine = namedtuple("Machine", "machine arch accel cpus append like")
 Test = namedtuple("Test", "feature test arch when machine seconds args reason")
 Figure = namedtuple("Figure", "feature figure arch machine unit test args key goal")
 Result = namedtuple("Result", "test result seconds why")
@@ -105,10 +106,12 @@ class Tables:
 
 	def check_machine(self, row):
 		self.check_arch(row)
-		self.expect(row.accel in ("-", "tcg", "turns", "icount", "kvm"), f"no such accel: {row.accel}")
+		self.expect(row.accel in ("-", "tcg", "turns", "icount", "kvm", "bochs"), f"no such accel: {row.accel}")
 		self.expect(row.cpus == "-" or number(row.cpus, 1, 64), f"cpus must be 1 to 64, not {row.cpus}")
 		for arch in arches(row):
 			self.expect((arch, row.machine) not in self.machines, f"{row.machine} twice for {arch}")
+			self.expect(row.like == "-" or (arch, row.like) in self.machines,
+				    f"no machine '{row.like}' for {arch} before this one")
 			self.machines[arch, row.machine] = row
 
 	def machine(self, arch, name):
@@ -183,9 +186,15 @@ def chosen(tables, args):
 	tests = [t for t in tables.tests() if args.arch in arches(t)]
 	if args.names:
 		tests = named(tests, args)
-	return [t for t in tests
-		if (not args.when or args.when in t.when.split(","))
-		and (not args.features or set(t.feature.split(",")) & set(args.features))]
+	when = "run" if args.when == "modes" else args.when
+	tests = [t for t in tests
+		 if (not when or when in t.when.split(","))
+		 and (not args.features or set(t.feature.split(",")) & set(args.features))]
+	if args.when != "modes":
+		return tests
+	# The tests of a machine, on each machine that is like it.
+	return [t._replace(machine=m.machine) for (arch, _), m in tables.machines.items()
+		for t in tests if arch == args.arch and t.machine == m.like]
 
 
 def check(_):
@@ -202,7 +211,7 @@ def unlisted(args):
 
 
 def machine(args):
-	print(*Tables().machine(args.arch, args.name)[2:], sep="\t")
+	print(*Tables().machine(args.arch, args.name)[2:5], sep="\t")
 
 
 def machines(args):
@@ -464,7 +473,7 @@ def main():
 		for name in names:
 			p.add_argument(name, **kinds.get(name, {}))
 		if choice:
-			p.add_argument("--when", choices=WHEN)
+			p.add_argument("--when", choices=WHEN + ("modes",))
 			p.add_argument("--names", nargs="+")
 			p.add_argument("--features", nargs="+")
 		return p

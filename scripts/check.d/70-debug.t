@@ -15,21 +15,7 @@ for arch in $ARCHES; do
 done
 wait
 for said in "$work/"*; do
-	run=${said##*/} arch=${run%%-*} out=$OUT/patched-${said##*/}
-	[[ -f $out/results.tsv ]] || {
-		say "not ok $((++points)) - $run: no results"
-		sed 's/^/# /' "$said"
-		continue
-	}
-	while IFS=$'\t' read -r test result _ why; do
-		case $result in
-		ok) say "ok $((++points)) - debug $arch $test" ;;
-		skip) say "ok $((++points)) - debug $arch $test # SKIP $why" ;;
-		*)
-			say "not ok $((++points)) - debug $arch $test: $why"
-			last_words "$out" "$test"
-			;;
-		esac
-	done < "$out/results.tsv"
+	run=${said##*/}
+	results "debug ${run%%-*}" "$OUT/patched-$run" "$said"
 done
 done_testing

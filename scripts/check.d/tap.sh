@@ -42,6 +42,27 @@ last_words() {
 	tail -n 60 "$f" | sed 's/^/# /'
 }
 
+# results WHAT OUT SAID: a point for each test that ran in OUT of scripts/run-tests; SAID is
+# the file with what it said
+results() {
+	local test result why
+	[[ -f $2/results.tsv ]] || {
+		say "not ok $((++points)) - $1: no results"
+		sed 's/^/# /' "$3"
+		return
+	}
+	while IFS=$'\t' read -r test result _ why; do
+		case $result in
+		ok) say "ok $((++points)) - $1 $test" ;;
+		skip) say "ok $((++points)) - $1 $test # SKIP $why" ;;
+		*)
+			say "not ok $((++points)) - $1 $test: $why"
+			last_words "$2" "$test"
+			;;
+		esac
+	done < "$2/results.tsv"
+}
+
 # plain_am DIR PATCH...: a work tree DIR with the patches on the base, applied by what a
 # user types, with a user's identity
 plain_am() {
