@@ -5,8 +5,11 @@
  *  - wait: userfaultfd keeps a vCPU waiting for a page.  Meanwhile, unrelated slots
  *    are created, deleted, split and merged.  All changes must complete before the
  *    page arrives.  The test prints their latencies.
- *  - gone: the slot whose page the vCPU waits for is deleted.  The guest must then
- *    find no memory, even if the page arrives.
+ *  - kept: the slot whose page the vCPU waits for gets another id, moves, and moves
+ *    back.  All changes must complete before the page arrives.
+ *  - gone: the slot whose page the vCPU waits for is deleted.  That must not complete
+ *    before the page arrives, but other changes must.  Afterwards, the vCPU must not
+ *    populate the memory, and the guest must find none.
  *  - unlucky: each time the page has arrived, it is taken away before the guest can
  *    access it.  KVM must fault it in without kvm->srcu KVM_PAGE_IN_MAX_ATTEMPTS
  *    times, then with kvm->srcu held.  Faults on other, resident pages of the guest
@@ -34,6 +37,7 @@
 #include <linux/userfaultfd.h>
 
 #include <test_util.h>
+#include <kvm_test_harness.h>
 #include <kvm_util.h>
 #include <processor.h>
 
@@ -43,6 +47,7 @@
 #define DATA_SLOT		100
 #define OTHER_SLOT		101
 #define OTHER_UPPER_SLOT	102
+#define DATA_SLOT_2		103
 #define NR_OTHER_PAGES		4
 
 /* The value in virt/kvm/kvm_main.c */
@@ -66,6 +71,9 @@
  */
 #define TIMEOUT_SECONDS		20
 
+/* Longer than a change takes that does not wait for a page. */
+#define NO_WAIT_MS		500
+
 /* For the measurements: the time that a page may take to arrive over a network. */
 #define PAGE_IN_MS		700
 #define PERF_ROUNDS		3
@@ -77,6 +85,7 @@ static pthread_t vcpu_thread;
 static size_t page_size;
 static void *data, *other;
 static int uffd;
+static int nr_changes = 10, nr_rounds = 20;
 
 /* Results of vcpu_worker(). */
 static uint64_t guest_value;
@@ -197,6 +206,7 @@ struct change {
 
 static sem_t change_requested, change_done;
 static struct change *change;
+static pthread_t change_thread;
 
 static void *change_worker(void *unused)
 {
@@ -306,7 +316,46 @@ static int compare(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
-static void test_wait(int nr_changes)
+static void set_up(void)
+{
+	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	ucall_init(vm, NULL);
+	page_size = getpagesize();
+	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	other = mmap(NULL, NR_OTHER_PAGES * page_size, PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
+	set_data_region(page_size);
+	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
+	open_uffd();
+
+	TEST_ASSERT(!sem_init(&change_requested, 0, 0) && !sem_init(&change_done, 0, 0),
+		    "sem_init() failed");
+	change_thread = start_thread(change_worker, NULL);
+}
+
+static void tear_down(void)
+{
+	change = NULL;
+	sem_post(&change_requested);
+	join_thread(change_thread, "changes");
+	kvm_vm_free(vm);
+}
+
+FIXTURE(latency) {
+};
+
+FIXTURE_SETUP(latency)
+{
+	set_up();
+}
+
+FIXTURE_TEARDOWN(latency)
+{
+	tear_down();
+}
+
+static void test_wait(void)
 {
 	struct change changes[] = {
 		{ "create", create_other },
@@ -349,7 +398,90 @@ static void test_wait(int nr_changes)
 	}
 }
 
-static void test_gone(void)
+TEST_F(latency, wait)
+{
+	int i;
+
+	/* More often than KVM_PAGE_IN_MAX_ATTEMPTS. */
+	for (i = 0; i < 5; i++)
+		test_wait();
+}
+
+static struct kvm_userspace_memory_region data_region(uint32_t slot, uint64_t gpa,
+						      size_t size)
+{
+	return (struct kvm_userspace_memory_region) {
+		.slot = slot,
+		.guest_phys_addr = gpa,
+		.memory_size = size,
+		.userspace_addr = (uintptr_t)data,
+	};
+}
+
+static void rename_data(void)
+{
+	set_two_regions(data_region(DATA_SLOT, 0, 0),
+			data_region(DATA_SLOT_2, DATA_GPA, page_size));
+}
+
+static void rename_data_back(void)
+{
+	set_two_regions(data_region(DATA_SLOT_2, 0, 0),
+			data_region(DATA_SLOT, DATA_GPA, page_size));
+}
+
+static void move_data(void)
+{
+	struct kvm_userspace_memory_region r = data_region(DATA_SLOT, OTHER_GPA, page_size);
+
+	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
+}
+
+static void move_data_back(void)
+{
+	struct kvm_userspace_memory_region r = data_region(DATA_SLOT, DATA_GPA, page_size);
+
+	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGION, &r);
+}
+
+TEST_F(latency, kept)
+{
+	uint64_t ns;
+	struct change changes[] = {
+		{ "rename the slot of the page", rename_data, &ns },
+		{ "rename it back", rename_data_back, &ns },
+		{ "move the slot of the page", move_data, &ns },
+		{ "move it back", move_data_back, &ns },
+	};
+	int i;
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
+
+	drop_page();
+	start_access();
+	wait_for_fault();
+	for (i = 0; i < ARRAY_SIZE(changes); i++)
+		make_change(&changes[i]);
+	provide_page();
+	finish_access("kept", DATA_VALUE);
+}
+
+static bool is_page_resident(void)
+{
+	unsigned char resident;
+
+	TEST_ASSERT(!mincore(data, page_size, &resident), "mincore(): errno %d", errno);
+	return resident & 1;
+}
+
+static void *other_worker(void *unused)
+{
+	create_other();
+	delete_other();
+	return NULL;
+}
+
+TEST_F(latency, gone)
 {
 	uint64_t ns;
 	struct change c = { "delete the slot of the page", delete_data, &ns };
@@ -357,9 +489,17 @@ static void test_gone(void)
 	drop_page();
 	start_access();
 	wait_for_fault();
-	make_change(&c);
+	start_change(&c);
+	TEST_ASSERT(!wait_for_change(NO_WAIT_MS),
+		    "%s: complete, expected a wait for the vCPU's page", c.name);
+	join_thread(start_thread(other_worker, NULL), "changes of another slot");
 	provide_page();
+	TEST_ASSERT(wait_for_change(TIMEOUT_SECONDS * 1000),
+		    "%s: not complete within %d s after the page arrived",
+		    c.name, TIMEOUT_SECONDS);
+	drop_page();
 	finish_access("gone", NO_SLOT);
+	TEST_ASSERT(!is_page_resident(), "gone: expected no page, got one");
 	set_data_region(page_size);
 }
 
@@ -407,7 +547,7 @@ static void unmap_guest(void)
  * With @unmap, the guest first faults on its code, which KVM maps, and then
  * faults on the page.
  */
-static void test_unlucky(const char *what, int nr_rounds, bool unmap)
+static void test_unlucky(const char *what, bool unmap)
 {
 	uint64_t nr_faults, nr_page_ins;
 	int i, expected;
@@ -444,6 +584,16 @@ static void test_unlucky(const char *what, int nr_rounds, bool unmap)
 	make_access(what);
 }
 
+TEST_F(latency, unlucky)
+{
+	test_unlucky("unlucky", false);
+}
+
+TEST_F(latency, unlucky_code_unmapped)
+{
+	test_unlucky("unlucky, code unmapped", true);
+}
+
 /* If the guest has accessed the page, take that away and start a new access. */
 static bool restart_access(void)
 {
@@ -457,7 +607,7 @@ static bool restart_access(void)
 	return true;
 }
 
-static void test_race(int nr_rounds)
+TEST_F(latency, race)
 {
 	struct pollfd p = { .fd = uffd, .events = POLLIN };
 	uint64_t before, after, nr_page_ins = 0;
@@ -496,7 +646,7 @@ static void test_race(int nr_rounds)
 		nr_rounds, nr_page_ins, nr_restarts);
 }
 
-static void test_error(void)
+TEST_F(latency, error)
 {
 	struct uffdio_range range = { .start = (uintptr_t)data, .len = page_size };
 
@@ -557,7 +707,7 @@ static void measure(void)
 
 static void help(const char *name)
 {
-	printf("usage: %s [-h] [-i changes] [-p] [-r rounds]\n", name);
+	printf("usage: %s [-h] [-i changes] [-p] [-r rounds] [case...]\n", name);
 	printf(" -i: number of changes of each type while the vCPU waits, default 10\n");
 	printf(" -p: measure instead of testing\n");
 	printf(" -r: how often to provide a page and take it away, default 20\n");
@@ -566,11 +716,9 @@ static void help(const char *name)
 
 int main(int argc, char *argv[])
 {
-	int nr_changes = 10, nr_rounds = 20, opt, i;
-	pthread_t change_thread;
 	bool perf = false;
+	int opt;
 
-	setbuf(stdout, NULL);
 	while ((opt = getopt(argc, argv, "hi:pr:")) != -1) {
 		switch (opt) {
 		case 'i':
@@ -589,37 +737,13 @@ int main(int argc, char *argv[])
 	TEST_ASSERT(nr_changes > 0 && nr_rounds > 0, "-i and -r must be greater than 0");
 
 	TEST_ASSERT(signal(SIGUSR1, do_nothing) != SIG_ERR, "signal(): errno %d", errno);
-	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
-	ucall_init(vm, NULL);
-	page_size = getpagesize();
-	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	other = mmap(NULL, NR_OTHER_PAGES * page_size, PROT_READ | PROT_WRITE,
-		     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
-	set_data_region(page_size);
-	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
-	open_uffd();
-
-	TEST_ASSERT(!sem_init(&change_requested, 0, 0) && !sem_init(&change_done, 0, 0),
-		    "sem_init() failed");
-	change_thread = start_thread(change_worker, NULL);
 
 	if (perf) {
+		set_up();
 		measure();
-	} else {
-		/* More often than KVM_PAGE_IN_MAX_ATTEMPTS. */
-		for (i = 0; i < 5; i++)
-			test_wait(nr_changes);
-		test_gone();
-		test_unlucky("unlucky", nr_rounds, false);
-		test_unlucky("unlucky, code unmapped", nr_rounds, true);
-		test_race(nr_rounds);
-		test_error();
+		tear_down();
+		return 0;
 	}
 
-	change = NULL;
-	sem_post(&change_requested);
-	join_thread(change_thread, "changes");
-	kvm_vm_free(vm);
-	return 0;
+	return run_cases(argv + optind);
 }

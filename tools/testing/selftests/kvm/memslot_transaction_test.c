@@ -10,7 +10,7 @@
  *  - dirty: a page whose mapping and logging do not change keeps its dirty bit;
  *    with slots of any size and alignment.
  *  - smm: the second address space of x86.
- *  - faults, only with -f: each allocation fails in turn, on kernels with
+ *  - faults: each allocation fails in turn, on kernels with
  *    FAILSLAB.  vmalloc() reports its failed allocations with a call trace.
  *
  * With -p, the test only measures: page faults, and the replacement of 128 slots,
@@ -31,6 +31,7 @@
 #include <linux/sizes.h>
 
 #include <test_util.h>
+#include <kvm_test_harness.h>
 #include <kvm_util.h>
 #include <processor.h>
 
@@ -76,6 +77,7 @@ static size_t page_size;
  * the guest sees, so that slots can change their backing.
  */
 static void *mem;
+static int rounds = 5;
 
 /* Written by the host, read by the guest. */
 static uint64_t probe_gpa;
@@ -321,7 +323,36 @@ static struct regions *with_slot(struct regions *r, int i, uint32_t slot)
 	return r;
 }
 
-static void test_errors(void)
+static void set_up(void)
+{
+	int i;
+
+	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	ucall_init(vm, NULL);
+	page_size = getpagesize();
+	mem = mmap(NULL, NR_DIRTY_PAGES * page_size, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(mem != MAP_FAILED, "mmap() failed: %d", errno);
+	madvise(mem, NR_DIRTY_PAGES * page_size, MADV_NOHUGEPAGE);
+	for (i = 0; i < 2 * NR_PAGES; i++)
+		*(uint64_t *)hva(i) = value_of(i);
+	virt_map(vm, TEST_GPA, TEST_GPA, NR_PAGES * page_size / vm->page_size);
+}
+
+FIXTURE(transaction) {
+};
+
+FIXTURE_SETUP(transaction)
+{
+	set_up();
+}
+
+FIXTURE_TEARDOWN(transaction)
+{
+	kvm_vm_free(vm);
+}
+
+TEST_F(transaction, errors)
 {
 	/* Valid entries; KVM must not apply them if another entry is invalid. */
 	struct kvm_userspace_memory_region shrink_0 = region(0, 0, 2, 0, 0);
@@ -431,7 +462,7 @@ static void test_errors(void)
  * operations
  */
 
-static void test_operations(void)
+TEST_F(transaction, operations)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES, ro = KVM_MEM_READONLY;
 	struct page_state layout[NR_PAGES];
@@ -558,7 +589,7 @@ static void assert_single_pages(const char *what, int *order)
 	assert_layout(what, layout);
 }
 
-static void test_order(int rounds)
+TEST_F(transaction, order)
 {
 	struct kvm_userspace_memory_region entries[MAX_REGIONS];
 	int order[MAX_REGIONS], i, j, tmp, nr_moved, round;
@@ -618,7 +649,7 @@ static void dirty_pages(unsigned long mask)
 	}
 }
 
-static void test_dirty(void)
+TEST_F(transaction, dirty)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
 
@@ -672,10 +703,12 @@ static void test_dirty(void)
 }
 
 /* The same with bitmaps whose bits are all set initially. */
-static void test_dirty_initially_set(void)
+TEST_F(transaction, dirty_initially_set)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
 	unsigned long all = 0xff;
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
 
 	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
 		      KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET);
@@ -859,7 +892,7 @@ static void test_dirty_layouts(const char *name, const struct layout *a, const s
 }
 
 /* Split and merge slots at pages that are not multiples of 8 or 64. */
-static void test_dirty_any_page(int rounds)
+TEST_F(transaction, dirty_any_page)
 {
 	const int end = NR_DIRTY_PAGES;
 	const struct layout layouts[] = {
@@ -877,6 +910,8 @@ static void test_dirty_any_page(int rounds)
 	struct layout a, b;
 	char what[32];
 	int i;
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
 
 	for (i = 1; i < ARRAY_SIZE(layouts); i++) {
 		snprintf(what, sizeof(what), "layouts %d and %d", i - 1, i);
@@ -904,7 +939,7 @@ static void assert_logging(const char *what, int as_id, int slot, int error)
 		    what, slot, as_id, error, ret ? errno : 0);
 }
 
-static void test_smm(void)
+TEST_F(transaction, smm)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
 	struct page_state layout[NR_PAGES];
@@ -1022,7 +1057,7 @@ static int try_faults(struct regions *r)
 	return nr_failed;
 }
 
-static void test_faults(void)
+TEST_F(transaction, faults)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
 	struct page_state layout[NR_PAGES];
@@ -1031,7 +1066,7 @@ static void test_faults(void)
 
 	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", R_OK | W_OK) &&
 		       write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
-		       "-f needs a kernel with FAILSLAB");
+		       "needs a kernel with FAILSLAB");
 	write_string("/sys/kernel/debug/failslab/verbose", "0");
 
 	/* Replace, delete, move, change flags, create. */
@@ -1153,8 +1188,7 @@ static void measure_transactions(void)
 
 static void help(const char *name)
 {
-	printf("usage: %s [-h] [-f] [-p] [-r rounds] [-s seed]\n", name);
-	printf(" -f: also make allocations fail; needs FAILSLAB\n");
+	printf("usage: %s [-h] [-p] [-r rounds] [-s seed] [case...]\n", name);
 	printf(" -p: measure instead of testing\n");
 	printf(" -r: number of random permutations and random layouts, default 5\n");
 	printf(" -s: seed for the order of entries and for sizes, default: the current time\n");
@@ -1164,15 +1198,11 @@ static void help(const char *name)
 int main(int argc, char *argv[])
 {
 	unsigned int seed = time(NULL);
-	int rounds = 5, opt, i;
-	bool faults = false, perf = false;
+	bool perf = false;
+	int opt;
 
-	setbuf(stdout, NULL);
-	while ((opt = getopt(argc, argv, "fhpr:s:")) != -1) {
+	while ((opt = getopt(argc, argv, "hpr:s:")) != -1) {
 		switch (opt) {
-		case 'f':
-			faults = true;
-			break;
 		case 'p':
 			perf = true;
 			break;
@@ -1196,38 +1226,13 @@ int main(int argc, char *argv[])
 	}
 	srandom(seed);
 
-	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
-	ucall_init(vm, NULL);
-	page_size = getpagesize();
-	mem = mmap(NULL, NR_DIRTY_PAGES * page_size, PROT_READ | PROT_WRITE,
-		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	TEST_ASSERT(mem != MAP_FAILED, "mmap() failed: %d", errno);
-	madvise(mem, NR_DIRTY_PAGES * page_size, MADV_NOHUGEPAGE);
-	for (i = 0; i < 2 * NR_PAGES; i++)
-		*(uint64_t *)hva(i) = value_of(i);
-	virt_map(vm, TEST_GPA, TEST_GPA, NR_PAGES * page_size / vm->page_size);
-
 	if (perf) {
+		set_up();
 		measure_page_faults();
 		measure_transactions();
 		kvm_vm_free(vm);
 		return 0;
 	}
 
-	test_errors();
-	test_operations();
-	test_order(rounds);
-	test_dirty();
-	if (kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)) {
-		test_dirty_initially_set();
-		test_dirty_any_page(rounds);
-	}
-#ifdef __x86_64__
-	test_smm();
-#endif
-	if (faults)
-		test_faults();
-
-	kvm_vm_free(vm);
-	return 0;
+	return run_cases(argv + optind);
 }

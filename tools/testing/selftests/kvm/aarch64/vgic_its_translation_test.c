@@ -11,20 +11,19 @@
  * of these events, and "warm", where it has translated each event once.  The
  * results must be the same.
  *
- * Tests outside of the table:
- *  - MSIs with an invalid doorbell, DeviceID or EventID
- *  - a VM without an ITS
- *  - an LPI that is pending or active when its event is discarded, or when its
- *    redistributor disables LPIs; an LPI that is pending when its device is
- *    unmapped
- *  - an LPI that two ITSes map
- *  - an LPI that is pending when the tables are saved and restored
- *  - MSIs via irqfd, which must be injected in atomic context from the first one
- *    on, and the statistics
- *  - VMs that are destroyed with LPIs pending, and while MSIs are raised
- *  - MAPTI with each of its memory allocations failing, MAPD and MAPTI with all
- *    allocations failing after a number of bytes (fault injection)
- *  - MAPD and MAPTI of a guest that exceeds the memory limit of its cgroup
+ * Tests outside of the table:   - MSIs with an invalid doorbell, DeviceID or EventID
+ * - a VM without an ITS  - a collection table that is too small for the collections
+ * - an LPI that is pending or active when its event is discarded, or when its
+ * redistributor disables LPIs; an LPI that is pending when its device is    unmapped
+ * - an LPI that is in a list register of a running vCPU when another vCPU    discards
+ * its event or disables LPIs  - many events that are mapped, pending and unmapped
+ * while the target vCPU does    not run (-r sets their number)  - an LPI that two
+ * ITSes map  - an LPI that is pending when the tables are saved and restored  - MSIs
+ * via irqfd, which must be injected in atomic context from the first one    on, and
+ * the statistics  - VMs that are destroyed with LPIs pending, and while MSIs are
+ * raised  - MAPTI with each of its memory allocations failing, MAPD and MAPTI with
+ * all    allocations failing after a number of bytes (fault injection)  - MAPD and
+ * MAPTI of a guest that exceeds the memory limit of its cgroup
  */
 
 #define _GNU_SOURCE
@@ -39,6 +38,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
 #include "gic.h"
@@ -122,6 +122,19 @@ static void guest_irq_handler(struct ex_regs *regs)
 		before_eoi();
 	gic_set_eoi(intid);
 }
+
+/* Stages of a vCPU that has an LPI in a list register, see guest_hold_lpi() */
+enum hold_stage {
+	HOLD_NONE,
+	HOLD_READY,
+	HOLD_HELD,
+	HOLD_COMMAND_DONE,
+};
+
+/* Shared with the guest */
+static enum hold_stage hold_stage;
+static uint32_t hppir;
+static void (*held_command)(void);
 
 /* For before_eoi: leave the LPI active until the host runs the vCPU again. */
 static void guest_stop(void)
@@ -553,6 +566,39 @@ static void host_restore_twice(void)
 	check_restore_fails();
 }
 
+/* An event that is saved once, and then unmapped without DISCARD */
+#define STALE_EVENT	2
+
+static void guest_map_stale(void)
+{
+	its_send_mapti(&its[0], DEV_A, STALE_EVENT, 1, LPI_NEW + 1);
+}
+
+/* The collection of event 1 is not mapped.  Event 0 is the last valid entry. */
+static void guest_map_again_unmap_collection(void)
+{
+	its_send_mapd(&its[0], DEV_A, itt(0), EVENT_BITS, true);
+	its_send_mapti(&its[0], DEV_A, 0, 1, LPI_NEW);
+	its_send_mapti(&its[0], DEV_A, 1, 0, LPI_A1);
+	its_send_mapc(&its[0], 0, 0, false);
+}
+
+static void host_restore_stale(void)
+{
+	uint64_t doorbell = its[0].base + GITS_TRANSLATER;
+	int ret;
+
+	run_vcpu(vcpus[1], guest_map_stale);
+	host_save_restore();
+	run_vcpu(vcpus[1], guest_map_again_unmap_collection);
+	host_save_restore();
+
+	ret = signal_msi(doorbell, DEV_A, STALE_EVENT);
+	TEST_ASSERT(ret == 0,
+		    "Event unmapped before the save: expected KVM_SIGNAL_MSI to return 0, got %d",
+		    ret);
+}
+
 static const struct row {
 	const char *name;
 	/* Called by the guest on vCPU 1, or by the host */
@@ -614,6 +660,8 @@ static const struct row {
 	{ "commands to the other ITS", guest_other_its, NULL, { A0, A1, B0 } },
 	{ "reset", NULL, host_reset, { DISABLED, DISABLED, DISABLED } },
 	{ "save, reset, restore", NULL, host_save_restore, { A0, A1, B0 } },
+	{ "MAPC V=0, save, reset, restore", NULL, host_restore_stale,
+	  { DELIVERED(LPI_NEW, 1), UNMAPPED, UNMAPPED } },
 	{ "restore on top of mappings", NULL, host_restore_again,
 	  { UNMAPPED, UNMAPPED, UNMAPPED } },
 	{ "restore on top of devices", NULL, host_restore_twice,
@@ -644,8 +692,24 @@ static void test_row(const struct row *row, bool warm)
 	destroy_vm();
 }
 
+TEST(rows_cold)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(rows); i++)
+		test_row(&rows[i], false);
+}
+
+TEST(rows_warm)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(rows); i++)
+		test_row(&rows[i], true);
+}
+
 /* INT makes an LPI pending, CLEAR removes the pending state. */
-static void test_int_clear(void)
+TEST(int_clear)
 {
 	int ret;
 
@@ -663,7 +727,7 @@ static void test_int_clear(void)
 }
 
 /* The same IDs on two ITSes are different events. */
-static void test_two_its(void)
+TEST(two_its)
 {
 	const struct result other = DELIVERED(LPI_OTHER_ITS, 1);
 	const struct result unmapped = UNMAPPED;
@@ -746,7 +810,62 @@ static void test_invalid_msi(bool warm)
 	destroy_vm();
 }
 
-static void test_no_its(void)
+TEST(invalid_msi_cold)
+{
+	test_invalid_msi(false);
+}
+
+TEST(invalid_msi_warm)
+{
+	test_invalid_msi(true);
+}
+
+/* One collection more than a table of one page has entries, of 8 bytes each */
+#define NR_COLLECTIONS	(ITS_COLLECTION_TABLE_SIZE / 8 + 1)
+
+static void guest_set_collection_table_pages(unsigned int nr_pages)
+{
+	its_disable(&its[0]);
+	writeq(GITS_BASER_VALID | its[0].collection_table | (nr_pages - 1),
+	       (void *)(its[0].base + GITS_BASER_COLLECTION));
+	its_enable(&its[0]);
+}
+
+static void guest_map_collections(void)
+{
+	int i;
+
+	guest_set_collection_table_pages(2);
+	for (i = 0; i < NR_COLLECTIONS; i++)
+		its_send_mapc(&its[0], i, 0, true);
+	guest_set_collection_table_pages(1);
+}
+
+/* The collection table is too small for the collections that are mapped. */
+TEST(save_collections)
+{
+	uint64_t before[8], *behind;
+	int ret, err;
+
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_map_collections);
+	behind = addr_gpa2hva(vm, its[0].collection_table + ITS_COLLECTION_TABLE_SIZE);
+	memcpy(before, behind, sizeof(before));
+	ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+				    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
+	err = errno;
+	TEST_ASSERT(!memcmp(before, behind, sizeof(before)),
+		    "Save of %d collections: expected %#lx behind the table, got %#lx",
+		    NR_COLLECTIONS, before[0], behind[0]);
+	TEST_ASSERT(ret == -1 && err == EINVAL,
+		    "Save of %d collections: expected -1 with EINVAL (%d), got %d with %d",
+		    NR_COLLECTIONS, EINVAL, ret, err);
+
+	destroy_vm();
+}
+
+TEST(no_its)
 {
 	int ret;
 
@@ -796,23 +915,272 @@ static void make_pending(uint64_t doorbell, uint32_t device_id)
 	TEST_ASSERT(ret == 1, "Expected KVM_SIGNAL_MSI to return 1, got %d", ret);
 }
 
-/* LPI_A0 is pending when its event is unmapped.  It must not be delivered. */
+/* No LPI is referenced, except by the ITEs that map it. */
+static void check_no_unmapped_lpi(const char *what)
+{
+	check_vm_stat(what, "lpis_allocated", vm_get_stat(vm, "lpis"));
+}
+
+/*
+ * LPI_A0 is pending when its event is unmapped.  It must not be delivered, and
+ * must not wait for vCPU 0 to run in order to be freed.
+ */
 static void test_unmap_pending(const char *what, void (*unmap)(void))
 {
 	create_vm();
 
 	make_pending(doorbell(&its[0]), DEV_A);
 	run_vcpu(vcpus[1], unmap);
+	check_no_unmapped_lpi(what);
 	check_delivered(what, 0, 0);
 
 	destroy_vm();
+}
+
+TEST(unmap_pending_discard)
+{
+	test_unmap_pending("DISCARD of a pending LPI", guest_discard);
+}
+
+TEST(unmap_pending_mapd_unmap)
+{
+	test_unmap_pending("MAPD V=0 with an LPI pending", guest_mapd_unmap);
+}
+
+TEST(unmap_pending_lpis_disable_enable)
+{
+	test_unmap_pending("EnableLPIs cleared, set with an LPI pending",
+			   guest_lpis_disable_enable);
+}
+
+TEST(unmap_pending_lpis_disable_discard)
+{
+	test_unmap_pending("EnableLPIs cleared with an LPI pending, DISCARD",
+			   guest_lpis_disable_discard);
+}
+
+TEST(unmap_pending_discard_mapti_same)
+{
+	test_unmap_pending("DISCARD of a pending LPI, MAPTI of the same LPI",
+			   guest_discard_mapti_same);
+}
+
+TEST(unmap_pending_mapd_again)
+{
+	test_unmap_pending("MAPD V=1 again with an LPI pending", guest_mapd_again);
+}
+
+TEST(unmap_pending_movi_discard)
+{
+	test_unmap_pending("MOVI of a pending LPI, DISCARD", guest_movi_discard);
+}
+
+TEST(unmap_pending_movall_discard)
+{
+	test_unmap_pending("MOVALL of a pending LPI, DISCARD", guest_movall_discard);
+}
+
+TEST(unmap_pending_mapc_mapd_unmap)
+{
+	test_unmap_pending("MAPC V=0, MAPD V=0 with an LPI pending",
+			   guest_mapc_mapd_unmap);
+}
+
+TEST(unmap_pending_clear_device_baser)
+{
+	test_unmap_pending("device GITS_BASER cleared with an LPI pending",
+			   guest_clear_device_baser);
+}
+
+TEST(reset_pending)
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	host_reset();
+	check_vm_stat("reset with an LPI pending", "lpis_allocated", 0);
+	check_delivered("reset with an LPI pending", 0, 0);
+
+	destroy_vm();
+}
+
+/* The LPI is on the ap_list of vCPU 0, but vCPU 1 is the target. */
+static void guest_movi_discard(void)
+{
+	its_send_movi(&its[0], DEV_A, 0, 1);
+	its_send_discard(&its[0], DEV_A, 0);
+}
+
+static void guest_movall_discard(void)
+{
+	its_send_movall(&its[0], 0, 1);
+	its_send_discard(&its[0], DEV_A, 0);
+}
+
+/* DISCARD has no effect on an event whose collection is not mapped. */
+static void guest_mapc_mapd_unmap(void)
+{
+	its_send_mapc(&its[0], 0, 0, false);
+	guest_mapd_unmap();
+}
+
+static void guest_lpis_disable_discard(void)
+{
+	gicr_set_lpis_enabled(GICR_BASE_GPA, 0, false);
+	its_send_discard(&its[0], DEV_A, 0);
+}
+
+#define CMDQ_NR_COMMANDS	(ITS_CMDQ_SIZE / 32)
+/* Two entries are left, and contain SYNC. */
+#define CMDQ_NR_ROUNDS		(CMDQ_NR_COMMANDS / 3)
+
+/* An event of a device that guest_map() has mapped */
+#define MANY_EVENT		9
+
+static void guest_fill_cmdq(void)
+{
+	int i;
+
+	for (i = 0; i < CMDQ_NR_ROUNDS; i++) {
+		its_send_mapti(&its[0], DEV_A, MANY_EVENT, 0, LPI_NEW);
+		its_send_int(&its[0], DEV_A, MANY_EVENT);
+		its_send_discard(&its[0], DEV_A, MANY_EVENT);
+	}
+	for (i = CMDQ_NR_ROUNDS * 3; i < CMDQ_NR_COMMANDS; i++)
+		its_send_sync(&its[0], 0);
+}
+
+/*
+ * Execute all commands in the queue except the last one again.  It is the first one
+ * the next time.
+ */
+static void guest_rerun_cmdq(void)
+{
+	its[0].cwriter = (its[0].cwriter + ITS_CMDQ_SIZE - 32) % ITS_CMDQ_SIZE;
+	writeq(its[0].cwriter, (void *)(its[0].base + GITS_CWRITER));
+	GUEST_ASSERT_EQ(readq((void *)(its[0].base + GITS_CREADR)), its[0].cwriter);
+}
+
+/*
+ * The guest repeats MAPTI, INT and DISCARD.  The target vCPU does not run, so it
+ * does not take the LPIs off its ap_list.  The number of LPIs must not grow.
+ */
+static uint64_t nr_rounds = 10 * CMDQ_NR_ROUNDS;
+
+TEST(unmap_pending_many)
+{
+	uint64_t round;
+
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_fill_cmdq);
+	check_no_unmapped_lpi("MAPTI, INT, DISCARD");
+	for (round = CMDQ_NR_ROUNDS; round < nr_rounds; round += CMDQ_NR_ROUNDS) {
+		run_vcpu(vcpus[1], guest_rerun_cmdq);
+		check_no_unmapped_lpi("MAPTI, INT, DISCARD, again");
+	}
+	pr_info("%lu LPIs unmapped while pending\n", round);
+
+	destroy_vm();
+}
+
+static uint32_t read_hppir(void)
+{
+	return read_sysreg_s(SYS_ICC_HPPIR1_EL1);
+}
+
+/*
+ * vCPU 0 waits, with IRQs masked, until LPI_A0 is in a list register, and then
+ * until vCPU 1 has executed held_command.
+ */
+static void guest_hold_lpi(void)
+{
+	local_irq_disable();
+	WRITE_ONCE(hold_stage, HOLD_READY);
+	while (read_hppir() != LPI_A0)
+		;
+	WRITE_ONCE(hold_stage, HOLD_HELD);
+	while (READ_ONCE(hold_stage) != HOLD_COMMAND_DONE)
+		;
+	isb();
+	WRITE_ONCE(hppir, read_hppir());
+	local_irq_enable();
+}
+
+static void guest_held_command(void)
+{
+	held_command();
+	dsb(ish);
+	WRITE_ONCE(hold_stage, HOLD_COMMAND_DONE);
+}
+
+static void *hold_thread(void *arg)
+{
+	vcpu_run_to_sync(vcpus[0]);
+	return NULL;
+}
+
+/*
+ * LPI_A0 is in a list register of vCPU 0, which runs, when vCPU 1 executes a command
+ * after which the LPI must not be taken any more.  A tick can make vCPU 0 leave the
+ * guest at the right time by chance, so try it several times.
+ */
+static void test_in_list_register(const char *what, void (*command)(void),
+				  void (*undo)(void))
+{
+	enum hold_stage *stage;
+	pthread_t thread;
+	int i;
+
+	create_vm();
+	held_command = command;
+	sync_global_to_guest(vm, held_command);
+	stage = addr_gva2hva(vm, (vm_vaddr_t)&hold_stage);
+
+	for (i = 0; i < 20; i++) {
+		WRITE_ONCE(*stage, HOLD_NONE);
+		set_command(guest_hold_lpi);
+		thread = start_thread(hold_thread, NULL);
+		wait_for(READ_ONCE(*stage) == HOLD_READY);
+		make_pending(doorbell(&its[0]), DEV_A);
+		wait_for(READ_ONCE(*stage) == HOLD_HELD);
+		run_vcpu(vcpus[1], guest_held_command);
+		join_thread(thread, "vCPU 0");
+
+		sync_global_from_guest(vm, hppir);
+		TEST_ASSERT(hppir == IAR_SPURIOUS,
+			    "%s, LPI in a list register: expected INTID %u to be pending, got %u",
+			    what, IAR_SPURIOUS, hppir);
+		check_delivered(what, 0, 0);
+
+		run_vcpu(vcpus[1], undo);
+		check_msi(what, doorbell(&its[0]), DEV_A, 0, &msis[0].result);
+	}
+
+	destroy_vm();
+}
+
+TEST(in_list_register_discard)
+{
+	test_in_list_register("DISCARD", guest_discard, guest_mapti_a0);
+}
+
+TEST(in_list_register_lpis_disable)
+{
+	test_in_list_register("EnableLPIs cleared", guest_lpis_disable,
+			      guest_lpis_enable);
+}
+
+static void guest_lpis_enable(void)
+{
+	gicr_set_lpis_enabled(GICR_BASE_GPA, 0, true);
 }
 
 /*
  * The INTID is mapped again while the old LPI is still on the ap_list of vCPU 0.
  * The new LPI must not inherit any state of the old one.
  */
-static void test_remap_pending(void)
+TEST(remap_pending)
 {
 	create_vm();
 
@@ -836,7 +1204,7 @@ static void test_remap_pending(void)
  * LPIs are unmapped while the guest handles them.  They must not keep their list
  * registers.  A GIC has at most 16, so the 17th LPI would not be delivered.
  */
-static void test_unmap_active(void)
+TEST(unmap_active)
 {
 	int i;
 
@@ -863,7 +1231,7 @@ static void test_unmap_active(void)
  * LPIs are disabled and enabled again while the guest handles one.  The LPI must
  * not stay active, or it would never be delivered again.
  */
-static void test_disable_active(void)
+TEST(disable_active)
 {
 	create_vm();
 
@@ -898,7 +1266,7 @@ static void guest_config_enable(void)
  * An LPI that is disabled in the configuration table is pending when its
  * redistributor disables LPIs.
  */
-static void test_disable_pending(void)
+TEST(disable_pending)
 {
 	create_vm();
 
@@ -914,7 +1282,7 @@ static void test_disable_pending(void)
 }
 
 /* An LPI is mapped until its last ITE is removed, on either ITS. */
-static void test_shared_lpi(void)
+TEST(shared_lpi)
 {
 	const struct result shared = A0, unmapped = UNMAPPED;
 
@@ -936,11 +1304,12 @@ static void test_shared_lpi(void)
 	check_delivered("shared LPI, pending, DISCARD on both ITSes", 0, 0);
 	check_vm_stat("shared LPI, DISCARD on both ITSes", "lpis",
 		      ARRAY_SIZE(msis) - 1);
+	check_no_unmapped_lpi("shared LPI, DISCARD on both ITSes");
 
 	destroy_vm();
 }
 
-static void test_restore_pending(void)
+TEST(restore_pending)
 {
 	create_vm();
 
@@ -1000,7 +1369,7 @@ static void create_irqfds(int fds[2])
  * The first MSI of an event via irqfd is injected in atomic context, before
  * write() returns.  It counts as a hit, and there is no fallback to the workqueue.
  */
-static void test_irqfd(void)
+TEST(irqfd)
 {
 	int fds[2];
 
@@ -1088,7 +1457,7 @@ static void destroy_while_raising(void *(*thread_fn)(void *), int *fds)
 }
 
 /* Destroy VMs with LPIs pending, and while MSIs are raised. */
-static void test_destroy(void)
+TEST(destroy)
 {
 	int fds[2], i;
 
@@ -1178,7 +1547,7 @@ static bool write_file(const char *path, const char *text)
  * Fail each memory allocation of a MAPTI in turn.  Afterwards the event is either
  * mapped, or nothing is left of it.
  */
-static void test_mapti_nomem(void)
+TEST(mapti_nomem)
 {
 	const struct result mapped = DELIVERED(FAR_LPI(0), 0), unmapped = UNMAPPED;
 	int fd = open("/proc/thread-self/fail-nth", O_RDWR);
@@ -1250,7 +1619,7 @@ static void test_mapti_nomem(void)
  * own records, kmemleak uses a static pool and treats what it writes there as
  * references.
  */
-static void test_map_out_of_memory(void)
+TEST(map_out_of_memory)
 {
 	const struct result unmapped = UNMAPPED;
 	int fd = open("/proc/thread-self/make-it-fail", O_RDWR);
@@ -1415,7 +1784,7 @@ static void test_memcg_limit(const char *dir, int limit)
  * to fail instead of killing the task.  The limit decides which allocation of the
  * last event fails, so try several limits.
  */
-static void test_memcg(void)
+TEST(memcg)
 {
 	char dir[] = "/tmp/vgic_its_translation_test.XXXXXX";
 	int limit;
@@ -1434,38 +1803,21 @@ static void test_memcg(void)
 
 int main(int argc, char *argv[])
 {
-	int i;
+	int opt;
 
-	/* Show each line at once, even if the test hangs or crashes later. */
-	setbuf(stdout, NULL);
-
-	for (i = 0; i < ARRAY_SIZE(rows); i++) {
-		test_row(&rows[i], false);
-		test_row(&rows[i], true);
+	while ((opt = getopt(argc, argv, "hr:")) != -1) {
+		switch (opt) {
+		case 'r':
+			nr_rounds = atol(optarg);
+			break;
+		case 'h':
+		default:
+			pr_info("Usage: %s [-h] [-r rounds] [case...]\n", argv[0]);
+			pr_info("\t-r: rounds of MAPTI, INT, DISCARD in unmap_pending_many\n");
+			pr_info("\tcase: run only this one; !case: run all but this one\n");
+			exit(opt == 'h' ? 0 : KSFT_SKIP);
+		}
 	}
-	pr_info("%d rows, cold and warm\n", i);
 
-	test_int_clear();
-	test_two_its();
-	test_invalid_msi(false);
-	test_invalid_msi(true);
-	test_no_its();
-
-	test_unmap_pending("DISCARD of a pending LPI", guest_discard);
-	test_unmap_pending("MAPD V=0 with an LPI pending", guest_mapd_unmap);
-	test_unmap_pending("EnableLPIs cleared, set with an LPI pending",
-			   guest_lpis_disable_enable);
-	test_remap_pending();
-	test_unmap_active();
-	test_disable_active();
-	test_disable_pending();
-	test_shared_lpi();
-	test_restore_pending();
-	test_irqfd();
-	test_destroy();
-	test_mapti_nomem();
-	test_map_out_of_memory();
-	test_memcg();
-
-	return 0;
+	return run_cases(argv + optind);
 }

@@ -33,6 +33,7 @@
 #include <sys/syscall.h>
 #include <sys/wait.h>
 
+#include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
 #include "apic.h"
@@ -508,7 +509,7 @@ static void check_error(struct test_vm *t, int set,
 	check_owners(t, OTHER, 0);
 }
 
-static void test_abi(void)
+TEST(abi)
 {
 	struct kvm_hyperv_tlb_flush_inhibit ok, bad;
 	struct kvm_vcpu *no_hyperv;
@@ -724,8 +725,16 @@ static void test_forms(const uint32_t *vp_index)
 	unpin_from_cpu();
 }
 
+TEST(forms)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(vp_maps); i++)
+		test_forms(vp_maps[i]);
+}
+
 /* Malformed hypercalls return an error, and do not block. */
-static void test_malformed(void)
+TEST(malformed)
 {
 	struct hyperv_hcall_pages *pages, saved;
 	struct hyperv_tlb_flush *flush;
@@ -769,7 +778,7 @@ static void test_malformed(void)
 	kvm_vm_free(t.vm);
 }
 
-static void test_several(void)
+TEST(several)
 {
 	struct test_vm t;
 
@@ -852,7 +861,7 @@ static void check_hypercall_regs(struct test_vm *t, int flusher,
 		    regs->rip, regs->rax, pages->hcall);
 }
 
-static void test_signal(void)
+TEST(signals)
 {
 	struct kvm_mp_state mp_state;
 	struct kvm_regs regs, again;
@@ -983,7 +992,7 @@ static void end_after_nmi(struct test_vm *t)
 	kvm_vm_free(t->vm);
 }
 
-static void test_events(void)
+TEST(events)
 {
 	struct kvm_vcpu_events events;
 	struct test_vm t;
@@ -1069,7 +1078,7 @@ static void join_stub(struct runner *r)
 		    r->vcpu->id, r->ret, run->io.port, STUB_PORT);
 }
 
-static void test_init_sipi(void)
+TEST(init_sipi)
 {
 	static const uint8_t code[] = {
 		0xe6, STUB_PORT,	/* out %al, $STUB_PORT */
@@ -1110,7 +1119,7 @@ static void test_init_sipi(void)
 	kvm_vm_free(t.vm);
 }
 
-static void test_smi(void)
+TEST(smi)
 {
 	static const uint8_t code[] = {
 		0xe6, STUB_PORT,	/* out %al, $STUB_PORT */
@@ -1145,7 +1154,7 @@ static void test_smi(void)
 	kvm_vm_free(t.vm);
 }
 
-static void test_save_restore(void)
+TEST(save_restore)
 {
 	struct kvm_hyperv_tlb_flush_inhibit inhibit;
 	struct kvm_x86_state *states[NR_VCPUS];
@@ -1186,7 +1195,7 @@ static void test_save_restore(void)
 }
 
 /* Without an in-kernel local APIC, HLT exits to userspace; flushes block. */
-static void test_userspace_apic(void)
+TEST(userspace_apic)
 {
 	struct test_vm t = { .vp_index = vp_maps[0] };
 
@@ -1206,7 +1215,7 @@ static void test_userspace_apic(void)
 }
 
 /* A process can be killed while one of its vCPUs is blocked. */
-static void test_kill(void)
+TEST(killed_process)
 {
 	struct test_vm t;
 	int fds[2], status;
@@ -1262,7 +1271,7 @@ static void guest_l1(struct svm_test_data *svm, struct guest_ctx *ctx)
 	GUEST_SYNC(hyperv_flush_tlb(ctx->pages, &ctx->flush));
 }
 
-static void test_nested(void)
+TEST(nested)
 {
 	vm_vaddr_t svm_gva, ctx_gva;
 	struct test_vm t;
@@ -1371,7 +1380,7 @@ static uint64_t release_latency(struct test_vm *t)
  * The test ends the page-in after the flusher has returned from KVM_RUN.  If the
  * release waited for the page-in, the test would not get that far.
  */
-static void test_page_in(void)
+TEST(page_in)
 {
 	struct userspace_mem_region *region;
 	uint64_t without, during;
@@ -1429,7 +1438,7 @@ static void wait_progress(uint64_t *count, uint64_t from,
  * come at any point of a flush.  A vCPU that misses a wake-up stays blocked
  * although no VP is inhibited.
  */
-static void test_race(void)
+TEST(race)
 {
 	uint64_t counts[NR_FLUSHERS], blocks = 0, span, begin, ns, i;
 	struct test_vm t;
@@ -1552,7 +1561,7 @@ static uint64_t nr_blocks(struct test_vm *t)
 	return vcpu_get_stat(t->vcpus[0], "hv_tlb_flush_blocks");
 }
 
-static void test_walk(void)
+TEST(walk)
 {
 	uint64_t i, blocks, poisoned = 0, unprotected = 0;
 	vm_vaddr_t ctx_gva, s_gva, page, other;
@@ -1622,7 +1631,7 @@ static void no_op(int sig)
 int main(int argc, char *argv[])
 {
 	struct sigaction action = { .sa_handler = no_op };
-	int opt, i;
+	int opt;
 
 	while ((opt = getopt(argc, argv, "l:t:w:")) != -1) {
 		switch (opt) {
@@ -1636,7 +1645,7 @@ int main(int argc, char *argv[])
 			walks = parse_size(optarg);
 			break;
 		default:
-			TEST_FAIL("usage: %s [-l latency rounds] [-t toggles] [-w walks]",
+			TEST_FAIL("usage: %s [-l latency rounds] [-t toggles] [-w walks] [case...]",
 				  argv[0]);
 		}
 	}
@@ -1644,27 +1653,7 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_HYPERV_TLB_FLUSH_INHIBIT));
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
 
-	/* Tell stdout not to buffer its content */
-	setbuf(stdout, NULL);
-
 	sigaction(SIGUSR1, &action, NULL);
 
-	test_abi();
-	for (i = 0; i < ARRAY_SIZE(vp_maps); i++)
-		test_forms(vp_maps[i]);
-	test_malformed();
-	test_several();
-	test_signal();
-	test_events();
-	test_init_sipi();
-	test_smi();
-	test_save_restore();
-	test_userspace_apic();
-	test_kill();
-	test_nested();
-	test_page_in();
-	test_race();
-	test_walk();
-
-	return 0;
+	return run_cases(argv + optind);
 }

@@ -7,11 +7,11 @@
  * valid and otherwise in a worker that refreshes the cache; or by
  * KVM_XEN_HVM_EVTCHN_SEND, which refreshes the cache in the calling thread.
  *
- * Most scenarios hold an invalidation in an MMU notifier hook, with
+ * Most cases hold an invalidation in an MMU notifier hook, with
  * /dev/test_mmu_gate (CONFIG_TEST_MMU_GATE), and check what KVM does in the
  * meantime.  They are skipped if the device does not exist.
  *
- * Each scenario runs in a process of its own.  The process creates its threads
+ * Each case runs in a process of its own.  The process creates its threads
  * before it closes the gate, because a thread that is stopped at the gate may hold
  * mmap_lock.
  */
@@ -35,6 +35,7 @@
 #include <asm/kvm_para.h>
 
 #include "test_util.h"
+#include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
 #include "xen.h"
@@ -62,12 +63,13 @@ static size_t page_size;
 static size_t big_mib = 48;		/* a zap of more than 40 MiB frees in batches */
 static unsigned int nr_rounds = 20;
 
-/* State of the process that runs a scenario. */
+/* State of the process that runs a case. */
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static char *mem;
 static int irqfds[NR_IRQFDS];
 static bool has_gate;
+static char spin_us[16];		/* pfncache_spin_us before the test */
 static int gates[2], nr_gates;
 
 static struct thread {
@@ -79,7 +81,7 @@ static struct thread {
 	unsigned int nr_pages;
 } threads[NR_THREADS];
 
-/* Shared by all processes of a scenario. */
+/* Shared by all processes of a case. */
 static struct shared {
 	unsigned long begun;
 	unsigned long done;
@@ -421,11 +423,80 @@ static void check_fresh(unsigned long *p, size_t size)
 			    p[i], i * sizeof(*p) % page_size);
 }
 
+static void write_file(const char *path, const char *text)
+{
+	int fd = open(path, O_WRONLY);
+
+	TEST_ASSERT(fd >= 0 && write(fd, text, strlen(text)) == strlen(text),
+		    "write \"%s\" to %s: %s", text, path, strerror(errno));
+	close(fd);
+}
+
+static void read_text(const char *path, char *buf, size_t size)
+{
+	int fd = open(path, O_RDONLY);
+	ssize_t ret = read(fd, buf, size - 1);
+
+	TEST_ASSERT(ret > 0, "read %s: %s", path, strerror(errno));
+	buf[ret] = 0;
+	close(fd);
+}
+
+/* Each case and each measurement begins with this, in a process of its own. */
+static void set_up(void)
+{
+	int i;
+
+	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	if (has_gate)
+		write_file(SPIN_US, spin_us);
+	for (i = 0; i < NR_IRQFDS; i++) {
+		irqfds[i] = eventfd(0, EFD_NONBLOCK);
+		TEST_ASSERT(irqfds[i] >= 0, "eventfd(): %s", strerror(errno));
+	}
+}
+
+static void tear_down(void)
+{
+	if (vm)
+		kvm_vm_free(vm);
+	if (has_gate)
+		write_file(SPIN_US, spin_us);
+}
+
+FIXTURE(pfncache) {
+};
+
+FIXTURE_SETUP(pfncache)
+{
+	set_up();
+}
+
+FIXTURE_TEARDOWN(pfncache)
+{
+	tear_down();
+}
+
+/* For cases that stop invalidations at a gate */
+FIXTURE(gate) {
+};
+
+FIXTURE_SETUP(gate)
+{
+	__TEST_REQUIRE(has_gate, "needs CONFIG_TEST_MMU_GATE");
+	set_up();
+}
+
+FIXTURE_TEARDOWN(gate)
+{
+	tear_down();
+}
+
 /*
  * The page is the first one of a range that is so large that its pages are freed
  * before the invalidation ends.  Another process allocates them.
  */
-static void test_large_range(void)
+TEST_F(gate, large_range)
 {
 	size_t nr_pages = SHINFO_PAGE + (big_mib << 20) / page_size;
 	size_t size = (big_mib << 20) * 5 / 4;
@@ -463,7 +534,7 @@ static void test_large_range(void)
 }
 
 /* The child does not see what KVM writes while fork() copies the page tables. */
-static void test_fork(void)
+TEST_F(gate, fork)
 {
 	int gate = open_gate();
 	pid_t child, other;
@@ -496,7 +567,7 @@ static void test_fork(void)
 }
 
 /* A cache that is being activated cannot become valid during an invalidation. */
-static void test_activate(void)
+TEST_F(gate, activate)
 {
 	int gate = open_gate();
 
@@ -521,7 +592,7 @@ static void test_activate(void)
  * KVM's start hook has run, and the page tables have not changed yet.  A refresh
  * that did not wait would map the old page.
  */
-static void test_before_zap(void)
+TEST_F(gate, before_zap)
 {
 	int gate = open_attached_gate();	/* registered before KVM's notifier */
 
@@ -545,7 +616,7 @@ static void test_before_zap(void)
 }
 
 /* A refresh does not wait for invalidations on both sides of its page. */
-static void test_neighbours(void)
+TEST_F(gate, neighbours)
 {
 	int gate = open_gate();
 	uint64_t retries, waits;
@@ -578,25 +649,6 @@ static void test_neighbours(void)
 	open_for_all(gate);
 	join(&threads[1]);
 	join(&threads[2]);
-}
-
-static void write_file(const char *path, const char *text)
-{
-	int fd = open(path, O_WRONLY);
-
-	TEST_ASSERT(fd >= 0 && write(fd, text, strlen(text)) == strlen(text),
-		    "write \"%s\" to %s: %s", text, path, strerror(errno));
-	close(fd);
-}
-
-static void read_text(const char *path, char *buf, size_t size)
-{
-	int fd = open(path, O_RDONLY);
-	ssize_t ret = read(fd, buf, size - 1);
-
-	TEST_ASSERT(ret > 0, "read %s: %s", path, strerror(errno));
-	buf[ret] = 0;
-	close(fd);
 }
 
 /* Whether the thread is in an ioctl and off the CPU, that is, really asleep. */
@@ -680,7 +732,7 @@ static void expect_overlap(int gate[2])
  * With 1 us, the waiter is asleep or about to sleep when the first invalidation
  * ends.  With 200 ms, it is still spinning, unless the machine is very slow.
  */
-static void test_overlap(void)
+TEST_F(gate, overlap)
 {
 	static const char * const spin_us[] = { "1", "200000" };
 	int gate[2] = { open_gate(), open_gate() };
@@ -698,7 +750,7 @@ static void test_overlap(void)
 }
 
 /* More invalidations at once than KVM has slots for. */
-static void test_overflow(void)
+TEST_F(gate, overflow)
 {
 	int gate = open_gate();
 	uint64_t overflows, waits;
@@ -747,7 +799,7 @@ static void test_overflow(void)
 }
 
 /* With pfncache_spin_us set, a waiter sleeps and is woken; without, it spins. */
-static void test_sleep(void)
+TEST_F(gate, sleep)
 {
 	int gate = open_gate();
 	uint64_t sleeps;
@@ -781,7 +833,7 @@ static int clone_fn(void *arg)
 }
 
 /* A thread that waits for an invalidation can be killed. */
-static void test_kill(void)
+TEST_F(gate, kill)
 {
 	int gate = open_gate();
 	char *stack = alloc_fresh(16 * page_size);
@@ -821,7 +873,7 @@ static void test_kill(void)
  * does process_mrelease(), which reaps on demand.  Keep a thread of the process
  * even though it has a fatal signal, or the process would end before it is reaped.
  */
-static void test_oom(void)
+TEST_F(gate, oom)
 {
 	int gate = open_gate(), pidfd, ret, status;
 	pid_t victim, other;
@@ -878,7 +930,7 @@ static void remap_fn(struct thread *t)
 	}
 }
 
-static void test_remap(void)
+TEST_F(gate, remap)
 {
 	int gate = open_gate();
 	unsigned int i;
@@ -925,7 +977,7 @@ static unsigned long read_number(const char *path)
 }
 
 /* KSM merges the page with another one, and compaction moves it. */
-static void test_ksm(void)
+TEST_F(pfncache, ksm)
 {
 	unsigned long scans;
 	unsigned int i;
@@ -962,7 +1014,7 @@ static void test_ksm(void)
 }
 
 /* No page or no writable page: an error, and success when there is one again. */
-static void test_bad_address(void)
+TEST_F(pfncache, bad_address)
 {
 	void *p;
 
@@ -1005,7 +1057,7 @@ static void test_bad_address(void)
 }
 
 /* A structure that would cross a page boundary is refused and not written. */
-static void test_page_crossing(void)
+TEST_F(pfncache, page_crossing)
 {
 	struct kvm_xen_vcpu_attr attr = {
 		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
@@ -1044,7 +1096,7 @@ static void test_page_crossing(void)
  * The process that owns the VM exits.  Another process, which has inherited the
  * file descriptors, signals an irqfd when the pages are free or allocated again.
  */
-static void test_released_mm(void)
+TEST_F(pfncache, released_mm)
 {
 	size_t size = (big_mib << 20) * 2;
 	unsigned long *fresh;
@@ -1288,53 +1340,35 @@ static void perf_refresh(void)
 		printf("perf: refresh_storm_retries count %lu\n", retries);
 }
 
-static const struct scenario {
-	const char *name;
-	void (*fn)(void);
-	bool gate;
-} scenarios[] = {
-	{ "bad_address", test_bad_address },
-	{ "page_crossing", test_page_crossing },
-	{ "released_mm", test_released_mm },
-	{ "ksm", test_ksm },
-	{ "large_range", test_large_range, true },
-	{ "fork", test_fork, true },
-	{ "activate", test_activate, true },
-	{ "before_zap", test_before_zap, true },
-	{ "neighbours", test_neighbours, true },
-	{ "overlap", test_overlap, true },
-	{ "overflow", test_overflow, true },
-	{ "sleep", test_sleep, true },
-	{ "kill", test_kill, true },
-	{ "oom", test_oom, true },
-	{ "remap", test_remap, true },
-}, measurements[] = {
-	{ "hooks", perf_hooks },
-	{ "refresh", perf_refresh },
-};
+static void measure(const char *what)
+{
+	set_up();
+	if (!strcmp(what, "hooks"))
+		perf_hooks();
+	else if (!strcmp(what, "refresh"))
+		perf_refresh();
+	else
+		TEST_FAIL("no such measurement: %s", what);
+	tear_down();
+}
 
 static void usage(const char *name)
 {
-	printf("Usage: %s [-h] [-m MiB] [-n rounds] [scenario...]\n"
-	       "       %s -p [measurement...]\n"
-	       " -m: size of the range of scenario large_range (default: %lu)\n"
-	       " -p: measure hooks (under icount, with one CPU) or refresh (with two CPUs)\n"
-	       " -n: rounds of the scenarios neighbours and remap (default: %u)\n",
+	printf("Usage: %s [-h] [-m MiB] [-n rounds] [case...]\n"
+	       "       %s -p measurement\n"
+	       " -m: size of the range of case large_range (default: %lu)\n"
+	       " -p: measure: hooks (under icount, with one CPU) or refresh (with two CPUs)\n"
+	       " -n: rounds of the cases neighbours and remap (default: %u)\n",
 	       name, name, big_mib, nr_rounds);
 	exit(KSFT_FAIL);
 }
 
 int main(int argc, char *argv[])
 {
-	unsigned int i, failed = 0, skipped = 0;
-	const struct scenario *s, *list = scenarios;
-	unsigned int nr = ARRAY_SIZE(scenarios);
-	int opt, status, j;
-	char spin_us[16];
-	bool wanted;
-	pid_t pid;
+	const char *measurement = NULL;
+	int opt;
 
-	while ((opt = getopt(argc, argv, "hm:n:p")) != -1) {
+	while ((opt = getopt(argc, argv, "hm:n:p:")) != -1) {
 		switch (opt) {
 		case 'm':
 			big_mib = atoi(optarg);
@@ -1343,8 +1377,7 @@ int main(int argc, char *argv[])
 			nr_rounds = atoi(optarg);
 			break;
 		case 'p':
-			list = measurements;
-			nr = ARRAY_SIZE(measurements);
+			measurement = optarg;
 			break;
 		default:
 			usage(argv[0]);
@@ -1361,46 +1394,10 @@ int main(int argc, char *argv[])
 		  -1, 0);
 	TEST_ASSERT(sh != MAP_FAILED, "mmap(): %s", strerror(errno));
 
-	for (i = 0; i < nr; i++) {
-		s = &list[i];
-		wanted = optind == argc;
-		for (j = optind; j < argc; j++)
-			wanted |= !strcmp(argv[j], s->name);
-		if (!wanted)
-			continue;
-
-		if (s->gate && !has_gate) {
-			printf("# %s: skipped, needs CONFIG_TEST_MMU_GATE\n", s->name);
-			skipped++;
-			continue;
-		}
-
-		memset(sh, 0, sizeof(*sh));
-		pid = start_process();
-		if (!pid) {
-			prctl(PR_SET_CHILD_SUBREAPER, 1);
-			for (j = 0; j < NR_IRQFDS; j++) {
-				irqfds[j] = eventfd(0, EFD_NONBLOCK);
-				TEST_ASSERT(irqfds[j] >= 0, "eventfd(): %s", strerror(errno));
-			}
-			s->fn();
-			if (vm)
-				kvm_vm_free(vm);
-			exit(0);
-		}
-		TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid(): %s", strerror(errno));
-		if (status)
-			failed++;
-		printf("# %s: %s\n", s->name, status ? "failed" : "ok");
-		if (has_gate)
-			write_file(SPIN_US, spin_us);
+	if (measurement) {
+		measure(measurement);
+		return 0;
 	}
 
-	if (failed)
-		exit(KSFT_FAIL);
-	if (skipped) {
-		print_skip("%u scenarios need CONFIG_TEST_MMU_GATE", skipped);
-		exit(KSFT_SKIP);
-	}
-	return 0;
+	return run_cases(argv + optind);
 }

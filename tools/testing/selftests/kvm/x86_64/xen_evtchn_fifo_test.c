@@ -2,10 +2,9 @@
 /*
  * Test Xen FIFO event channels
  *
- * Each case creates its own VMs.  Option -t runs only one case.  The guest consumes
- * the queues where upcalls have to wake it up.  In cases that check the order of
- * ports or stop while ports are in a queue, the host consumes the queues, with the
- * same code.
+ * Each case creates its own VMs.  The guest consumes the queues where upcalls have to
+ * wake it up.  In cases that check the order of ports or stop while ports are in a
+ * queue, the host consumes the queues, with the same code.
  *
  * With -p, the test only measures the cost of delivering an event.
  */
@@ -16,6 +15,8 @@
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 
+#include "apic.h"
+#include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
 #include "xen.h"
@@ -637,6 +638,15 @@ static uint64_t run_vcpu(struct kvm_vcpu *vcpu, struct ucall *uc)
 	}
 }
 
+/* Calls KVM_RUN, but does not enter the guest. */
+static void run_immediate(struct kvm_vcpu *vcpu)
+{
+	vcpu->run->immediate_exit = true;
+	TEST_ASSERT(__vcpu_run(vcpu) == -1 && errno == EINTR,
+		    "KVM_RUN with immediate_exit: errno %d, expected EINTR", errno);
+	vcpu->run->immediate_exit = false;
+}
+
 static void *vcpu_thread(void *vcpu)
 {
 	struct ucall uc;
@@ -723,14 +733,14 @@ static void test_ports_of(bool long_mode)
 }
 
 /* The number of ports and the layout are the same in 64-bit and 32-bit mode. */
-static void test_ports(void)
+TEST(ports)
 {
 	test_ports_of(true);
 	test_ports_of(false);
 }
 
 /* A 32-bit guest has the same event words, but passes hypercall arguments differently. */
-static void test_32bit(void)
+TEST(mode_32bit)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_ops32, SETUP_ALL);
 	struct consumer c = host_consumer(f, 0);
@@ -768,7 +778,7 @@ static void test_32bit(void)
 	fifo_vm_free(f);
 }
 
-static void test_priorities(void)
+TEST(priorities)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
 	struct consumer c = host_consumer(f, 1);
@@ -994,7 +1004,7 @@ static void vcpu_set_code(struct fifo_vm *f, int i, void *code)
 	vcpu_regs_set(f->vcpus[i], &regs);
 }
 
-static void test_soak(void)
+TEST(soak)
 {
 	static const int methods[] = {
 		BY_IOCTL, BY_PRIORITY, BY_MOVING, BY_IRQFD, BY_HYPERCALL,
@@ -1017,7 +1027,7 @@ static void test_soak(void)
 	fifo_vm_free(f);
 }
 
-static void test_mask(void)
+TEST(mask)
 {
 	static const int methods[] = { BY_IOCTL, BY_IRQFD };
 	struct fifo_vm *f = fifo_vm_create(guest_masker, SETUP_ALL);
@@ -1035,7 +1045,7 @@ static void test_mask(void)
 	fifo_vm_free(f);
 }
 
-static void test_unmask(void)
+TEST(unmask)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_ops, SETUP_ALL);
 	struct consumer c = host_consumer(f, 0);
@@ -1089,7 +1099,7 @@ static void test_unmask(void)
 	fifo_vm_free(f);
 }
 
-static void test_moves(void)
+TEST(moves)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
 	struct consumer c0 = host_consumer(f, 0), c1 = host_consumer(f, 1);
@@ -1131,7 +1141,7 @@ static void test_moves(void)
 	fifo_vm_free(f);
 }
 
-static void test_absent(void)
+TEST(absent)
 {
 	static const int pages[] = {
 		ARRAY_PAGE + 5, ARRAY_PAGE + 2, CONTROL_PAGE, VCPU_INFO_PAGE,
@@ -1192,7 +1202,7 @@ static void test_absent(void)
 }
 
 /* Setting the vcpu_info raises an upcall that was recorded without vcpu_info. */
-static void test_upcall(void)
+TEST(upcall)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
 	struct kvm_xen_vcpu_attr tails = {
@@ -1221,10 +1231,10 @@ static void test_upcall(void)
 }
 
 /*
- * An event is deferred until its array page is set.  An event for a vCPU without
- * control block is dropped.
+ * An event is deferred until its vCPU runs after the array page was set.  An event for
+ * a vCPU without control block is dropped.
  */
-static void test_deferred(void)
+TEST(deferred)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
 	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17, port2 = port1 + PORTS_PER_PAGE;
@@ -1239,6 +1249,7 @@ static void test_deferred(void)
 	ASSERT_EQ(send_event(f, port0, id, 7), 0);
 	assert_word(f, port0, 0);
 	ASSERT_EQ(set_array_page(f, 0), 0);
+	run_immediate(f->vcpus[0]);
 	assert_word(f, port0, PENDING);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
 
@@ -1250,6 +1261,8 @@ static void test_deferred(void)
 	assert_next(&c, 0);
 
 	ASSERT_EQ(set_array_page(f, 1), 0);
+	assert_word(f, port1, 0);
+	run_immediate(f->vcpus[0]);
 	assert_word(f, port1, PENDING | LINKED);
 	assert_next(&c, port1);
 	assert_next(&c, 0);
@@ -1262,6 +1275,7 @@ static void test_deferred(void)
 	ASSERT_EQ(state.priority, 3);
 	ASSERT_EQ(state.flags, KVM_XEN_FIFO_PORT_PENDING);
 	ASSERT_EQ(set_array_page(f, 2), 0);
+	run_immediate(f->vcpus[0]);
 	assert_word(f, port2, PENDING | LINKED);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(3));
 	assert_next(&c, port2);
@@ -1313,7 +1327,7 @@ static void copy_state(struct fifo_vm *from, struct fifo_vm *to)
 	}
 }
 
-static void test_migration(void)
+TEST(migration)
 {
 	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_MODE | SETUP_CONTROL);
 	struct fifo_vm *to = fifo_vm_create(guest_nothing, 0);
@@ -1345,6 +1359,7 @@ static void test_migration(void)
 	ASSERT_EQ(send_event(to, ports[1], id, PRIO_2LEVEL), 0);
 	ASSERT_EQ(send_event(to, ports[5], id, PRIO_2LEVEL), 0);
 	ASSERT_EQ(set_array_page(to, 100), 0);
+	run_immediate(to->vcpus[0]);
 
 	assert_next(&moved, ports[2]);
 	assert_next(&moved, ports[3]);
@@ -1361,7 +1376,7 @@ static void test_migration(void)
 }
 
 /* A port is still the tail of its queue after it was consumed, also after migration. */
-static void test_migration_of_consumed_tail(void)
+TEST(migration_of_consumed_tail)
 {
 	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_ALL);
 	struct fifo_vm *to = fifo_vm_create(guest_nothing, 0);
@@ -1389,7 +1404,7 @@ static void test_migration_of_consumed_tail(void)
  * ready bit of the vCPU's queue, but not the upcall.  KVM has to raise the upcall on
  * the destination.
  */
-static void test_migration_no_vcpu_info(void)
+TEST(migration_no_vcpu_info)
 {
 	struct fifo_vm *from = fifo_vm_create(guest_nothing, SETUP_ALL);
 	struct fifo_vm *to = fifo_vm_create(guest_main, 0);
@@ -1404,8 +1419,11 @@ static void test_migration_no_vcpu_info(void)
 	fifo_vm_free(from);
 
 	ASSERT_EQ(vcpu_info(to, 0)->evtchn_upcall_pending, 0);
-	for (i = 0; i < NR_CONSUMERS; i++)
+	for (i = 0; i < NR_CONSUMERS; i++) {
 		set_vcpu_info(to, i, PAGE_GPA(VCPU_INFO_PAGE + i));
+		ASSERT_EQ(vcpu_info(to, i)->evtchn_upcall_pending, 0);
+		run_immediate(to->vcpus[i]);
+	}
 	ASSERT_EQ(vcpu_info(to, 0)->evtchn_upcall_pending, 1);
 	ASSERT_EQ(vcpu_info(to, 1)->evtchn_upcall_pending, 0);
 
@@ -1419,14 +1437,295 @@ static void test_migration_no_vcpu_info(void)
 	to = fifo_vm_create(guest_nothing, SETUP_MODE);
 	control(to, 0)->head[7] = 55;
 	control(to, 0)->ready = BIT(7);
-	for (i = 0; i < NR_CONSUMERS; i++)
+	for (i = 0; i < NR_CONSUMERS; i++) {
 		ASSERT_EQ(set_control(to, i, control_gpa(i)), 0);
+		run_immediate(to->vcpus[i]);
+	}
 	ASSERT_EQ(vcpu_info(to, 0)->evtchn_upcall_pending, 1);
 	ASSERT_EQ(vcpu_info(to, 1)->evtchn_upcall_pending, 0);
 	fifo_vm_free(to);
 }
 
-static void test_reset(void)
+/* Set by the interrupt handler when an upcall has arrived. */
+static bool guest_upcall_arrived;
+
+static void guest_note_upcall(struct ex_regs *regs)
+{
+	/* The vector of the VM is raised until evtchn_upcall_pending is cleared. */
+	regs->rflags &= ~RFLAGS_IF;
+	WRITE_ONCE(guest_upcall_arrived, true);
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+/* Consumes the queues if an upcall is pending when KVM_RUN is called. */
+static void guest_take_upcall(void)
+{
+	struct consumer c;
+
+	x2apic_enable();
+	for (;;) {
+		GUEST_SYNC(0);
+		WRITE_ONCE(guest_upcall_arrived, false);
+		asm volatile("sti\n\t"
+			     "nop\n\t"
+			     "cli");
+		if (READ_ONCE(guest_upcall_arrived)) {
+			c = guest_consumer(0);
+			guest_consume(&c, 0);
+		}
+	}
+}
+
+enum {
+	RESTORE_MEMORY,
+	RESTORE_SHARED_INFO,
+	RESTORE_VCPU_INFO,
+	RESTORE_VECTOR,
+	RESTORE_LAPIC,
+	RESTORE_TIMER,
+	RESTORE_MODE,
+	RESTORE_CONTROL,
+	RESTORE_TAILS,
+	RESTORE_STATE,
+	RESTORE_ARRAY,
+	NR_RESTORE_STEPS,
+};
+
+static const char *const restore_steps[] = {
+	"memory", "SHARED_INFO", "VCPU_INFO", "UPCALL_VECTOR", "LAPIC", "TIMER",
+	"EVTCHN_MODE", "FIFO_CONTROL", "FIFO_TAILS", "FIFO_STATE", "FIFO_ARRAY",
+};
+
+/*
+ * In the saved VM, one event is in a queue, one is deferred, and the timer may expire.
+ * The last port gets an event after the restore.
+ */
+#define QUEUED_PORT		10
+#define DEFERRED_PORT		20
+#define LATER_PORT		30
+#define NR_SAVED_PAGES		(ARRAY_PAGE + 1) /* one page of the event array */
+#define RESTORED_TIMER_PORT	40
+
+struct saved_vm {
+	bool vm_vector;		/* the vector of the VM, not that of the vCPU */
+	bool raised;		/* the upcall was raised before the save */
+	bool timer;		/* the timer expires while the VM is restored */
+	struct kvm_lapic_state lapic;
+	uint8_t memory[NR_SAVED_PAGES * PAGE_SIZE];
+};
+
+static void set_vector(struct fifo_vm *f, bool of_vm, uint8_t vector)
+{
+	if (of_vm)
+		ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+			.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+		}), 0);
+	else
+		ASSERT_EQ(set_vcpu_attr(f, 0, (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+		}), 0);
+}
+
+static void set_shared_info(struct fifo_vm *f, uint64_t gfn)
+{
+	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO, .u.shared_info.gfn = gfn,
+	}), 0);
+}
+
+static void restore_step(struct fifo_vm *f, struct saved_vm *saved, int step)
+{
+	struct kvm_xen_vcpu_attr tails = { .type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS };
+	struct kvm_xen_fifo_port_state states[2] = {
+		{
+			.vcpu = f->vcpus[0]->id, .priority = DEFAULT_PRIORITY,
+			.last_vcpu = f->vcpus[0]->id, .last_priority = DEFAULT_PRIORITY,
+		}, {
+			.vcpu = f->vcpus[0]->id, .priority = DEFAULT_PRIORITY,
+			.last_vcpu = KVM_XEN_FIFO_NO_VCPU,
+			.flags = KVM_XEN_FIFO_PORT_PENDING,
+		},
+	};
+
+	switch (step) {
+	case RESTORE_MEMORY:
+		memcpy(f->shared, saved->memory, sizeof(saved->memory));
+		break;
+	case RESTORE_SHARED_INFO:
+		set_shared_info(f, PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE);
+		break;
+	case RESTORE_VCPU_INFO:
+		set_vcpu_info(f, 0, PAGE_GPA(VCPU_INFO_PAGE));
+		break;
+	case RESTORE_VECTOR:
+		set_vector(f, saved->vm_vector, UPCALL_VECTOR);
+		break;
+	case RESTORE_LAPIC:
+		vcpu_ioctl(f->vcpus[0], KVM_SET_LAPIC, &saved->lapic);
+		break;
+	case RESTORE_TIMER:
+		ASSERT_EQ(set_vcpu_attr(f, 0, (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+			.u.timer = {
+				.port = RESTORED_TIMER_PORT,
+				.priority = DEFAULT_PRIORITY,
+				.expires_ns = saved->timer ? 1 : 0,
+			},
+		}), 0);
+		break;
+	case RESTORE_MODE:
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+		break;
+	case RESTORE_CONTROL:
+		ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+		break;
+	case RESTORE_TAILS:
+		tails.u.fifo_tails[DEFAULT_PRIORITY] = QUEUED_PORT;
+		ASSERT_EQ(set_vcpu_attr(f, 0, tails), 0);
+		break;
+	case RESTORE_STATE:
+		ASSERT_EQ(set_states(f, QUEUED_PORT, 1, &states[0]), 0);
+		ASSERT_EQ(set_states(f, DEFERRED_PORT, 1, &states[1]), 0);
+		break;
+	case RESTORE_ARRAY:
+		ASSERT_EQ(set_array_page(f, 0), 0);
+		break;
+	}
+}
+
+/* Put everything that restore_step() sets into the state of a new VM. */
+static void undo_restore(struct fifo_vm *f)
+{
+	struct kvm_lapic_state lapic;
+	uint32_t *spiv = (void *)&lapic.regs[APIC_SPIV];
+
+	set_vector(f, false, 0);
+	set_vector(f, true, 0);
+	vcpu_ioctl(f->vcpus[0], KVM_GET_LAPIC, &lapic);
+	*spiv &= ~APIC_SPIV_APIC_ENABLED;
+	vcpu_ioctl(f->vcpus[0], KVM_SET_LAPIC, &lapic);
+	ASSERT_EQ(set_vcpu_attr(f, 0, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+	}), 0);
+	set_vcpu_info(f, 0, GPA_INVALID);
+	set_shared_info(f, GPA_INVALID);
+	ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL), 0);
+	memset(f->shared, 0, NR_SAVED_PAGES * PAGE_SIZE);
+	memset(handled(f, 0), 0, PAGE_SIZE);
+}
+
+static void swap_steps(int *order, int i, int j)
+{
+	int step = order[i];
+
+	order[i] = order[j];
+	order[j] = step;
+}
+
+/*
+ * Chooses an order.  The other FIFO attributes fail with ENXIO before the mode is set,
+ * and so do the tails before the control block is set.
+ */
+static void random_order(uint64_t *state, int *order)
+{
+	int i, mode = -1, first = -1, control = -1, tails = -1;
+
+	xen_get_order(random_next(state) % xen_nr_orders(NR_RESTORE_STEPS), order,
+		      NR_RESTORE_STEPS);
+	for (i = 0; i < NR_RESTORE_STEPS; i++) {
+		if (order[i] == RESTORE_MODE)
+			mode = i;
+		if (first < 0 && order[i] >= RESTORE_MODE)
+			first = i;
+	}
+	swap_steps(order, mode, first);
+	for (i = 0; i < NR_RESTORE_STEPS; i++) {
+		if (order[i] == RESTORE_CONTROL)
+			control = i;
+		if (order[i] == RESTORE_TAILS)
+			tails = i;
+	}
+	if (tails < control)
+		swap_steps(order, tails, control);
+}
+
+/* Returns true if no event is lost. */
+static bool restore(struct fifo_vm *f, struct saved_vm *saved, const int *order)
+{
+	uint32_t queued, deferred, timer, later;
+	char text[200] = "";
+	int i;
+
+	undo_restore(f);
+	for (i = 0; i < NR_RESTORE_STEPS; i++)
+		restore_step(f, saved, order[i]);
+
+	vcpu_run_to_sync(f->vcpus[0]);
+	queued = *handled(f, QUEUED_PORT);
+	deferred = *handled(f, DEFERRED_PORT);
+	timer = *handled(f, RESTORED_TIMER_PORT);
+
+	ASSERT_EQ(send_event(f, LATER_PORT, f->vcpus[0]->id, DEFAULT_PRIORITY), 0);
+	vcpu_run_to_sync(f->vcpus[0]);
+	later = *handled(f, LATER_PORT);
+	if (queued == 1 && deferred == 1 && timer == saved->timer && later == 1)
+		return true;
+
+	for (i = 0; i < NR_RESTORE_STEPS; i++) {
+		strcat(text, " ");
+		strcat(text, restore_steps[order[i]]);
+	}
+	pr_info("vector of the %s, upcall %s, order%s: handled: queued event %u, deferred %u, timer %u, later event %u; expected 1, 1, %d, 1\n",
+		saved->vm_vector ? "VM" : "vCPU", saved->raised ? "raised" : "not raised",
+		text, queued, deferred, timer, later, saved->timer);
+	return false;
+}
+
+/*
+ * Restore a VM in random orders: the events that were pending in the saved VM, the event
+ * of the timer and a later event are handled once.
+ */
+TEST(restore_order)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_take_upcall, 0);
+	struct saved_vm *saved = calloc(1, sizeof(*saved));
+	int i, variant, lost = 0, tries = nr_events / 30 + 1;
+	struct control_block *c;
+	int order[NR_RESTORE_STEPS];
+	uint64_t state = seed;
+	uint32_t *w;
+
+	TEST_ASSERT(saved, "calloc() failed: %s", strerror(errno));
+	vm_install_exception_handler(f->vm, UPCALL_VECTOR, guest_note_upcall);
+	vcpu_run_to_sync(f->vcpus[0]);
+	vcpu_ioctl(f->vcpus[0], KVM_GET_LAPIC, &saved->lapic);
+
+	c = (void *)saved->memory + CONTROL_PAGE * PAGE_SIZE + CONTROL_OFFSET;
+	c->ready = BIT(DEFAULT_PRIORITY);
+	c->head[DEFAULT_PRIORITY] = QUEUED_PORT;
+	w = (void *)saved->memory + ARRAY_PAGE * PAGE_SIZE;
+	w[QUEUED_PORT] = PENDING | LINKED;
+
+	for (variant = 0; variant < 8; variant++) {
+		saved->vm_vector = variant & 1;
+		saved->raised = variant & 2;
+		/* The event of a timer injects the vector, for other events as well. */
+		saved->timer = variant & 4;
+		saved->memory[VCPU_INFO_PAGE * PAGE_SIZE] = saved->raised;
+		for (i = 0; i < tries; i++) {
+			random_order(&state, order);
+			if (!restore(f, saved, order))
+				lost++;
+		}
+	}
+	TEST_ASSERT(!lost, "seed %#lx: %d of %d restores lost or repeated an event, expected 0",
+		    seed, lost, 8 * tries);
+
+	free(saved);
+	fifo_vm_free(f);
+}
+
+TEST(reset)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
 	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_EVTCHN_MODE };
@@ -1472,7 +1771,7 @@ static void *reset_thread(void *data)
 }
 
 /* Send events while the mode changes.  They may be lost. */
-static void test_reset_race(void)
+TEST(reset_race)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
 	uint64_t i, state = seed;
@@ -1486,7 +1785,7 @@ static void test_reset_race(void)
 	fifo_vm_free(f);
 }
 
-static void test_poll(void)
+TEST(poll)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_poll, SETUP_ALL);
 	uint32_t port = 70000;
@@ -1517,6 +1816,8 @@ static void set_timer(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer,
 {
 	timer->u.timer.expires_ns = expires_ns;
 	ASSERT_EQ(set_vcpu_attr(f, 0, *timer), 0);
+	/* KVM_RUN starts it. */
+	run_immediate(f->vcpus[0]);
 }
 
 /*
@@ -1535,7 +1836,7 @@ static bool timer_has_queued(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer)
 	return false;
 }
 
-static void test_timer(void)
+TEST(timer)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
 	struct consumer c = host_consumer(f, 0);
@@ -1565,7 +1866,7 @@ static void test_timer(void)
 	assert_next(&c, 0);
 	vcpu_info(f, 0)->evtchn_upcall_pending = 0;
 
-	/* The ioctl delivers the event, because the deadline has passed. */
+	/* KVM_RUN delivers the event, because the deadline has passed. */
 	vcpu_args_set(f->vcpus[0], 1, 0ul);
 	set_timer(f, &timer, 1);
 	thread = start_thread(vcpu_thread, f->vcpus[0]);
@@ -1582,7 +1883,7 @@ static void test_timer(void)
 	fifo_vm_free(f);
 }
 
-static void test_dirty_log(void)
+TEST(dirty_log)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
 	uint64_t dirty[DIV_ROUND_UP(NR_SHARED_PAGES, 64)];
@@ -1637,7 +1938,7 @@ static void *hostile_sender(void *data)
 	return NULL;
 }
 
-static void test_hostile(void)
+TEST(hostile)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_hostile, SETUP_MODE);
 	struct hostile senders[2];
@@ -1674,7 +1975,7 @@ static void test_hostile(void)
 }
 
 /* KVM checks port and priority against the mode when an event is sent. */
-static void test_wrong_mode(void)
+TEST(wrong_mode)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_ops, 0);
 	uint32_t id = f->vcpus[0]->id, port = 5000, *args;
@@ -1715,7 +2016,7 @@ static void test_wrong_mode(void)
 }
 
 /* Each misuse fails and changes nothing. */
-static void test_errors(void)
+TEST(errors)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, 0);
 	const uint64_t nowhere = 0x100000000000 / PAGE_SIZE;
@@ -1956,56 +2257,23 @@ static void measure_all(void)
 	measure(true, BY_HYPERCALL, NR_PORTS - 1, 1);
 }
 
-static const struct {
-	const char *name;
-	void (*fn)(void);
-} cases[] = {
-	{ "errors", test_errors },
-	{ "wrong-mode", test_wrong_mode },
-	{ "ports", test_ports },
-	{ "32bit", test_32bit },
-	{ "priorities", test_priorities },
-	{ "moves", test_moves },
-	{ "deferred", test_deferred },
-	{ "absent", test_absent },
-	{ "upcall", test_upcall },
-	{ "unmask", test_unmask },
-	{ "poll", test_poll },
-	{ "timer", test_timer },
-	{ "dirty-log", test_dirty_log },
-	{ "migration", test_migration },
-	{ "migration-of-consumed-tail", test_migration_of_consumed_tail },
-	{ "migration-no-vcpu-info", test_migration_no_vcpu_info },
-	{ "reset", test_reset },
-	{ "reset-race", test_reset_race },
-	{ "hostile", test_hostile },
-	{ "mask", test_mask },
-	{ "soak", test_soak },
-};
-
 static void print_usage(const char *name)
 {
-	int i;
-
-	printf("usage: %s [-t CASE] [-n EVENTS] [-s SEED] [-p]\n"
+	printf("usage: %s [-n EVENTS] [-s SEED] [-p] [CASE...]\n"
 	       "  -n  number of events of each producer in mask and soak; hostile sends\n"
-	       "      ten times as many\n"
+	       "      ten times as many; restore-order tries a thirtieth of it\n"
 	       "  -p  only measure the cost of deliveries\n"
 	       "  -s  seed for random choices\n"
-	       "  -t  run only this case, one of:", name);
-	for (i = 0; i < ARRAY_SIZE(cases); i++)
-		printf(" %s", cases[i].name);
-	puts("");
+	       "  CASE: run only this one; !CASE: run all but this one\n", name);
 }
 
 int main(int argc, char *argv[])
 {
-	const char *only = NULL;
-	bool perf_only = false, found = false;
-	int opt, i;
+	bool perf_only = false;
+	int opt;
 
 	seed = now_ns() | 1;
-	while ((opt = getopt(argc, argv, "n:ps:t:")) != -1) {
+	while ((opt = getopt(argc, argv, "n:ps:")) != -1) {
 		switch (opt) {
 		case 'n':
 			nr_events = strtoull(optarg, NULL, 0);
@@ -2015,9 +2283,6 @@ int main(int argc, char *argv[])
 			break;
 		case 's':
 			seed = strtoull(optarg, NULL, 0);
-			break;
-		case 't':
-			only = optarg;
 			break;
 		default:
 			print_usage(argv[0]);
@@ -2029,23 +2294,11 @@ int main(int argc, char *argv[])
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_FIFO);
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
 
-	setbuf(stdout, NULL);
 	if (perf_only) {
 		measure_all();
 		return 0;
 	}
 
 	pr_info("seed %#lx\n", seed);
-	for (i = 0; i < ARRAY_SIZE(cases); i++) {
-		if (only && strcmp(only, cases[i].name))
-			continue;
-		found = true;
-		pr_info("%s\n", cases[i].name);
-		cases[i].fn();
-	}
-	if (!found)
-		print_usage(argv[0]);
-	TEST_ASSERT(found, "no such case: %s, expected one of those listed", only);
-
-	return 0;
+	return run_cases(argv + optind);
 }

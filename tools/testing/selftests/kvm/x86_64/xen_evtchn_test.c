@@ -2,10 +2,10 @@
 /*
  * Test the delivery of Xen event channels.
  *
- * Each case creates its own VM; -t runs one case.  In most cases, the guest does
- * not run: the host sends events and checks the bits in the shared pages.  Each
- * shared structure has a page of its own, so that each can be made absent.
- * -n sets the number of attempts of the cases that provoke a race.
+ * Each case creates its own VM.  In most cases, the guest does not run: the host
+ * sends events and checks the bits in the shared pages.  Each shared structure has a
+ * page of its own, so that each can be made absent.  -n sets the number of attempts
+ * of the cases that provoke a race.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
@@ -22,6 +22,7 @@
 #include <sys/syscall.h>
 
 #include "apic.h"
+#include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
 #include "xen.h"
@@ -385,7 +386,7 @@ static void test_port(struct xen_vm *x, uint32_t port)
 }
 
 /* Tests the first and last ports and the numbers around them in both modes. */
-static void test_delivery(void)
+TEST(delivery)
 {
 	static const uint32_t ports[] = {
 		0, 1, 31, 32, 63, 64, 1022, 1023, 1024, 1025, 4094, 4095, 4096,
@@ -412,7 +413,7 @@ static void test_delivery(void)
 }
 
 /* An absent shared_info page is faulted in by the irqfd worker or the sender. */
-static void test_absent_pages(void)
+TEST(absent_pages)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
 	int fd = irqfd_create(x, 5, 0);
@@ -501,7 +502,7 @@ static void *thread_get_version(void *vm)
  * so the vCPU must neither wait for kvm->lock nor hold it.  The vCPU must not hold xen_lock
  * either, because userspace may need a Xen attribute in order to provide the page.
  */
-static void test_kvm_lock(void)
+TEST(kvm_lock)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send);
 	uint8_t *shinfo = shared_page(x, SHINFO_PAGE);
@@ -596,7 +597,7 @@ static void *thread_get_attr(void *arg)
  * A port is assigned and deassigned while other threads update it and a vCPU
  * sends to it.  KASAN reports a use after free.
  */
-static void test_port_table(void)
+TEST(port_table)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send_all_the_time);
 	pthread_t updaters[4], holder, vcpu;
@@ -656,7 +657,7 @@ static struct kvm_xen_vcpu_attr get_vcpu_attr(struct kvm_vcpu *vcpu, uint16_t ty
  * of 64 bits.  If KVM computes the index of the word with 32 ports per word, it
  * sets a bit beyond that field, in the vCPU's Xen ID.
  */
-static void test_mode_race(void)
+TEST(mode_race)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
 	uint32_t vcpu_id;
@@ -699,7 +700,7 @@ static long unreclaimable_kib(void)
 }
 
 /* Writing a hypercall page that userspace provides must not leak memory. */
-static void test_hypercall_page(void)
+TEST(hypercall_page)
 {
 	const long nr_writes = 8192, written = nr_writes * (long)PAGE_SIZE / 1024;
 	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
@@ -762,7 +763,7 @@ static void *thread_add_memslot(void *vm)
 }
 
 /* Memslots can be changed while a vCPU polls for an event that never comes. */
-static void test_poll_memslot(void)
+TEST(poll_memslot)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
 	pthread_t vcpu;
@@ -799,7 +800,7 @@ static void wait_for_event(struct xen_vm *x)
  * The target changes while a vCPU keeps sending.  Events that are sent after the
  * change must go to the new target.
  */
-static void test_retarget(void)
+TEST(retarget)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send_all_the_time);
 	pthread_t vcpu;
@@ -1033,7 +1034,7 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 }
 
 /* Places arguments of 64-bit and 32-bit hypercalls around a page boundary. */
-static void test_arguments(void)
+TEST(arguments)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
 	int mode;
@@ -1050,6 +1051,127 @@ static void test_arguments(void)
 		test_timer_arguments_of(x, false);
 		test_timer_arguments_of(x, true);
 	}
+	xen_vm_free(x);
+}
+
+/* Arbitrarily chosen */
+#define UPCALL_VECTOR		0x31
+
+static int set_upcall_vector(struct kvm_vcpu *vcpu, uint8_t vector)
+{
+	return set_vcpu_attr(vcpu, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+	});
+}
+
+/* Sets the local APIC to its present state, but enabled or disabled by software. */
+static void set_lapic(struct kvm_vcpu *vcpu, bool enabled)
+{
+	struct kvm_lapic_state apic;
+	uint32_t *spiv = (void *)&apic.regs[APIC_SPIV];
+
+	vcpu_ioctl(vcpu, KVM_GET_LAPIC, &apic);
+	*spiv &= ~APIC_SPIV_APIC_ENABLED;
+	if (enabled)
+		*spiv |= APIC_SPIV_APIC_ENABLED;
+	vcpu_ioctl(vcpu, KVM_SET_LAPIC, &apic);
+}
+
+/* Sets the vector of the VM, or of the vCPU. */
+static void set_vector(struct xen_vm *x, bool of_vm, uint8_t vector)
+{
+	if (!of_vm) {
+		ASSERT_EQ(set_upcall_vector(x->vcpus[0], vector), 0);
+		return;
+	}
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+	}), 0);
+}
+
+/* Does the vCPU's local APIC request the upcall vector? */
+static bool vector_requested(struct kvm_vcpu *vcpu)
+{
+	struct kvm_lapic_state apic;
+
+	vcpu_ioctl(vcpu, KVM_GET_LAPIC, &apic);
+	return apic.regs[APIC_IRR + UPCALL_VECTOR / 32 * 0x10 + UPCALL_VECTOR % 32 / 8] &
+	       BIT(UPCALL_VECTOR % 8);
+}
+
+/* Calls KVM_RUN, but does not enter the guest. */
+static void run_immediate(struct kvm_vcpu *vcpu)
+{
+	vcpu->run->immediate_exit = true;
+	TEST_ASSERT(__vcpu_run(vcpu) == -1 && errno == EINTR,
+		    "KVM_RUN with immediate_exit: errno %d, expected EINTR", errno);
+	vcpu->run->immediate_exit = false;
+}
+
+static uint64_t guest_upcalls;
+
+static void guest_upcall_handler(struct ex_regs *regs)
+{
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+
+	vi->evtchn_upcall_pending = 0;
+	WRITE_ONCE(guest_upcalls, guest_upcalls + 1);
+}
+
+static void guest_halt_for_upcall(void)
+{
+	while (!READ_ONCE(guest_upcalls))
+		asm volatile("sti\n\t"
+			     "hlt\n\t"
+			     "cli");
+	GUEST_SYNC(0);
+}
+
+/*
+ * An upcall that is pending when userspace sets the vector or the local APIC, as it
+ * does when it restores a VM, is injected.
+ */
+TEST(pending_upcall)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_halt_for_upcall);
+	struct kvm_vcpu *vcpu = x->vcpus[0];
+	pthread_t thread;
+
+	clear_pages(x);
+	vcpu_info(x, 0)->evtchn_upcall_pending = 1;
+
+	set_lapic(vcpu, false);
+	ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
+	run_immediate(vcpu);
+	TEST_ASSERT(!vector_requested(vcpu), "injected into an APIC that is disabled");
+	/* On a debug kernel, this also finds a use of memslots outside of kvm->srcu. */
+	set_lapic(vcpu, true);
+	run_immediate(vcpu);
+	TEST_ASSERT(vector_requested(vcpu), "APIC set last: not injected, expected it to be");
+
+	/* Use a new vCPU, whose IRR is empty. */
+	vcpu = vm_vcpu_add(x->vm, 2, guest_halt_for_upcall);
+	x->vcpus[0] = vcpu;
+	set_vcpu_info(x, 0);
+	set_lapic(vcpu, true);
+	ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
+	run_immediate(vcpu);
+	TEST_ASSERT(vector_requested(vcpu), "vector set last: not injected, expected it to be");
+
+	/* The vector of the VM wakes up a vCPU that is halted. */
+	vcpu = vm_vcpu_add(x->vm, 3, guest_halt_for_upcall);
+	x->vcpus[0] = vcpu;
+	set_vcpu_info(x, 0);
+	vm_init_descriptor_tables(x->vm);
+	vcpu_init_descriptor_tables(vcpu);
+	vm_install_exception_handler(x->vm, UPCALL_VECTOR, guest_upcall_handler);
+	ASSERT_EQ(vcpu_get_stat(vcpu, "blocking"), 0);
+	thread = start_thread(thread_run_to_sync, vcpu);
+	vcpu_wait_stat(vcpu, "blocking", 1);
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = UPCALL_VECTOR,
+	}), 0);
+	join_thread(thread, "KVM_RUN of a halted vCPU");
 	xen_vm_free(x);
 }
 
@@ -1073,8 +1195,8 @@ static void unset_vcpu_info(struct xen_vm *x, int i)
 	}), 0);
 }
 
-/* Events for a vCPU without vcpu_info are raised when its vcpu_info is set. */
-static void test_no_vcpu_info(void)
+/* Events for a vCPU without vcpu_info are raised when it runs with a vcpu_info. */
+TEST(no_vcpu_info)
 {
 	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 						     KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
@@ -1090,6 +1212,8 @@ static void test_no_vcpu_info(void)
 		ASSERT_EQ(pending_sel(x, 0), 0);
 
 		set_vcpu_info(x, 0);
+		ASSERT_EQ(pending_sel(x, 0), 0);
+		run_immediate(x->vcpus[0]);
 		assert_delivered(x, 100, 0, "ioctl");
 
 		/* Reading the address raises events if the vcpu_info is absent. */
@@ -1146,6 +1270,7 @@ static void test_migration_to_mode(bool long_mode)
 	memcpy(to->shared, from->shared, NR_SHARED_PAGES * PAGE_SIZE);
 	xen_vm_free(from);
 	set_vcpu_info(to, 0);
+	run_immediate(to->vcpus[0]);
 	assert_delivered(to, 100, 0, "migration");
 	unset_vcpu_info(to, 0);
 
@@ -1166,6 +1291,7 @@ static void test_migration_to_mode(bool long_mode)
 	for (i = 0; i < 2; i++) {
 		assert_raised(to, i, 0);
 		set_vcpu_info(to, i);
+		run_immediate(to->vcpus[i]);
 		assert_raised(to, i, sel);
 	}
 
@@ -1174,6 +1300,7 @@ static void test_migration_to_mode(bool long_mode)
 	memset(vcpu_info(to, 0), 0, sizeof(struct xen_vcpu_info));
 	memset(port_masks(to), 0xff, nr_ports / 8);
 	set_vcpu_info(to, 0);
+	run_immediate(to->vcpus[0]);
 	assert_raised(to, 0, 0);
 
 	xen_vm_free(to);
@@ -1183,14 +1310,14 @@ static void test_migration_to_mode(bool long_mode)
  * A VM is migrated while a vCPU with an event has no vcpu_info.  The pending bit in
  * guest memory is all that the destination receives of the event.
  */
-static void test_migration_no_vcpu_info(void)
+TEST(migration_no_vcpu_info)
 {
 	test_migration_to_mode(true);
 	test_migration_to_mode(false);
 }
 
 /* An event ends the poll even if another port has raised the upcall before. */
-static void test_poll_unmasked(void)
+TEST(poll_unmasked)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_one);
 	pthread_t vcpu;
@@ -1232,7 +1359,7 @@ static void run_guest_after(struct xen_vm *x, uint64_t time_ns)
 }
 
 /* A new deadline replaces the old one, even if the new one is in the past. */
-static void test_timer_rearm(void)
+TEST(timer_rearm)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
 	uint64_t old;
@@ -1261,8 +1388,22 @@ static void test_timer_rearm(void)
 	xen_vm_free(x);
 }
 
+static void stop_timer(struct xen_vm *x)
+{
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+	}), 0);
+}
+
+/* KVM_RUN starts a timer that userspace has set. */
+static void start_timer(struct xen_vm *x, uint64_t expires_ns)
+{
+	set_timer(x, expires_ns);
+	run_immediate(x->vcpus[0]);
+}
+
 /* The event of the timer is delivered although the vCPU does not run. */
-static void test_timer_delivery(void)
+TEST(timer_delivery)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
 	struct kvm_xen_vcpu_attr attr;
@@ -1271,7 +1412,17 @@ static void test_timer_delivery(void)
 
 	vcpu_run_to_sync(x->vcpus[0]);
 
-	set_timer(x, guest_clock(x) + 1000000);
+	/* A deadline that has passed while userspace restores a VM */
+	clear_pages(x);
+	set_timer(x, 1);
+	assert_untouched(x, TIMER_PORT, "timer before KVM_RUN");
+	ASSERT_EQ(get_vcpu_attr(x->vcpus[0],
+				KVM_XEN_VCPU_ATTR_TYPE_TIMER).u.timer.expires_ns, 1);
+	run_immediate(x->vcpus[0]);
+	assert_delivered(x, TIMER_PORT, 0, "timer in the past");
+
+	clear_pages(x);
+	start_timer(x, guest_clock(x) + 1000000);
 	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
 	assert_delivered(x, TIMER_PORT, 0, "timer");
 
@@ -1279,7 +1430,7 @@ static void test_timer_delivery(void)
 	for (i = 0; i < nr_races; i++) {
 		clear_pages(x);
 		expires = guest_clock(x) + i * 1000;
-		set_timer(x, expires);
+		start_timer(x, expires);
 		do {
 			attr = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_TIMER);
 			TEST_ASSERT(attr.u.timer.expires_ns == expires ||
@@ -1352,7 +1503,7 @@ static void guest_time_timer(void)
 	GUEST_SYNC(early);
 }
 
-static void test_timer_pvclock(void)
+TEST(timer_pvclock)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_time_timer);
 	uint64_t early;
@@ -1382,7 +1533,7 @@ static void assert_wall_clock(struct xen_vm *x, const char *how)
 }
 
 /* The wall clock is at the position for the current mode. */
-static void test_wall_clock(void)
+TEST(wall_clock)
 {
 	struct xen_vm *x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
 
@@ -1544,7 +1695,7 @@ static void assert_times_add_up(const char *where, int round, uint64_t entry_tim
  * The runstate is consistent although the vCPU is preempted while it updates,
  * saves or restores its runstate.
  */
-static void test_runstate_preempted(void)
+TEST(runstate_preempted)
 {
 	struct kvm_xen_vcpu_attr attr = {
 		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR,
@@ -1612,7 +1763,7 @@ static void assert_epoch(struct xen_vm *x, struct wall_clock *wc, const char *wh
  * The wall clock is the time at which the guest's clock was 0, even if the thread
  * that writes it is preempted between the readings of the two clocks.
  */
-static void test_wall_clock_preempted(void)
+TEST(wall_clock_preempted)
 {
 	const int64_t limit = 100000;
 	struct wall_clock *xen, *kvm;
@@ -1651,7 +1802,7 @@ static int set_vcpu_info_at(struct xen_vm *x, uint64_t gpa)
 }
 
 /* A vcpu_info can be at any multiple of 4 in its page. */
-static void test_alignment(void)
+TEST(alignment)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
 	const uint64_t page = PAGE_GPA(TIME_INFO_PAGE);
@@ -1687,7 +1838,7 @@ static void test_alignment(void)
 }
 
 /* The hypercall MSR must be in the range that is reserved for hypervisors. */
-static void test_msr(void)
+TEST(msr)
 {
 	static const struct {
 		uint32_t msr;
@@ -1716,10 +1867,8 @@ static void test_msr(void)
 	xen_vm_free(x);
 }
 
-#define UPCALL_VECTOR		0x31
-
 /* The per-vCPU vector arrives in the vCPU's own APIC, whatever the APIC ID is. */
-static void test_upcall_vector(void)
+TEST(upcall_vector)
 {
 	/* 255 is the broadcast ID of an xAPIC. */
 	static const uint32_t ids[] = { 2, 255 };
@@ -1731,15 +1880,8 @@ static void test_upcall_vector(void)
 
 	for (i = 0; i < ARRAY_SIZE(ids); i++) {
 		vcpu = vm_vcpu_add(x->vm, ids[i], guest_nothing);
-		vcpu_ioctl(vcpu, KVM_GET_LAPIC, &apic);
-		reg = (void *)&apic.regs[APIC_SPIV];
-		*reg |= APIC_SPIV_APIC_ENABLED;
-		vcpu_ioctl(vcpu, KVM_SET_LAPIC, &apic);
-
-		ASSERT_EQ(set_vcpu_attr(vcpu, (struct kvm_xen_vcpu_attr) {
-			.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR,
-			.u.vector = UPCALL_VECTOR,
-		}), 0);
+		set_lapic(vcpu, true);
+		ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
 		x->vcpus[0] = vcpu;
 		/* No pending event may raise the vector already. */
 		clear_pages(x);
@@ -1783,7 +1925,7 @@ static void assert_addresses(struct xen_vm *x, uint64_t gfn, uint64_t shinfo_hva
 }
 
 /* Set shared_info and vcpu_info by user address, with memory that is in no memslot. */
-static void test_hva(void)
+TEST(hva)
 {
 	const uint64_t kernel = 0xffff888000000000;
 	struct xen_vm *x;
@@ -1815,6 +1957,7 @@ static void test_hva(void)
 	assert_wall_clock(x, "shared_info set by address");
 	set_pending(x, 100);
 	ASSERT_EQ(set_vcpu_info_hva(x, vi), 0);
+	run_immediate(x->vcpus[0]);
 	assert_addresses(x, KVM_XEN_INVALID_GFN, shinfo, KVM_XEN_INVALID_GPA, vi);
 	assert_delivered(x, 100, 0, "vcpu_info set by address");
 
@@ -1847,34 +1990,198 @@ static void test_hva(void)
 	xen_vm_free(x);
 }
 
-static const struct test_case {
-	const char *name;
-	void (*run)(void);
-} cases[] = {
-	{ "delivery", test_delivery },
-	{ "absent_pages", test_absent_pages },
-	{ "kvm_lock", test_kvm_lock },
-	{ "port_table", test_port_table },
-	{ "mode_race", test_mode_race },
-	{ "hypercall_page", test_hypercall_page },
-	{ "poll_memslot", test_poll_memslot },
-	{ "retarget", test_retarget },
-	{ "arguments", test_arguments },
-	{ "no_vcpu_info", test_no_vcpu_info },
-	{ "migration_no_vcpu_info", test_migration_no_vcpu_info },
-	{ "poll_unmasked", test_poll_unmasked },
-	{ "timer_rearm", test_timer_rearm },
-	{ "timer_delivery", test_timer_delivery },
-	{ "timer_pvclock", test_timer_pvclock },
-	{ "wall_clock", test_wall_clock },
-	{ "alignment", test_alignment },
-	{ "msr", test_msr },
-	{ "upcall_vector", test_upcall_vector },
-	{ "hva", test_hva },
-	/* Last, because the test exits if the host cannot run them. */
-	{ "runstate_preempted", test_runstate_preempted },
-	{ "wall_clock_preempted", test_wall_clock_preempted },
+/* The ports that the guest has handled, one bit each. */
+static uint64_t guest_handled[LONG_MODE_PORTS / 64];
+
+static void guest_handle_events(struct ex_regs *regs)
+{
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	uint64_t *pending = (void *)PAGE_GPA(SHINFO_PAGE) + XEN_SHINFO_PENDING;
+	uint64_t sel;
+	int i;
+
+	WRITE_ONCE(vi->evtchn_upcall_pending, 0);
+	sel = __atomic_exchange_n(&vi->evtchn_pending_sel, 0, __ATOMIC_SEQ_CST);
+	for (i = 0; i < 64; i++) {
+		if (sel & BIT(i))
+			guest_handled[i] |= __atomic_exchange_n(&pending[i], 0,
+								__ATOMIC_SEQ_CST);
+	}
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+/* Takes an upcall that is pending when KVM_RUN is called. */
+static void guest_take_upcall(void)
+{
+	x2apic_enable();
+	for (;;) {
+		GUEST_SYNC(0);
+		asm volatile("sti\n\t"
+			     "nop\n\t"
+			     "cli");
+	}
+}
+
+enum {
+	RESTORE_MEMORY,
+	RESTORE_SHARED_INFO,
+	RESTORE_VCPU_INFO,
+	RESTORE_VECTOR,
+	RESTORE_LAPIC,
+	RESTORE_TIMER,
+	NR_RESTORE_STEPS,
 };
+
+static const char *const restore_steps[] = {
+	"memory", "SHARED_INFO", "VCPU_INFO", "UPCALL_VECTOR", "LAPIC", "TIMER",
+};
+
+/* What is restored. */
+struct saved_vm {
+	bool vm_vector;		/* the vector of the VM, not that of the vCPU */
+	bool raised;		/* the upcall of the event was raised before the save */
+	bool timer;		/* the timer expires while the VM is restored */
+	struct kvm_lapic_state lapic;
+	uint8_t memory[NR_SHARED_PAGES * PAGE_SIZE];
+};
+
+static void restore_step(struct xen_vm *x, struct saved_vm *saved, int step, bool by_hva)
+{
+	switch (step) {
+	case RESTORE_MEMORY:
+		memcpy(x->shared, saved->memory, sizeof(saved->memory));
+		break;
+	case RESTORE_SHARED_INFO:
+		if (by_hva)
+			ASSERT_EQ(set_shared_info_hva(x, (uintptr_t)shared_page(x, SHINFO_PAGE)),
+				  0);
+		else
+			set_shared_info(x);
+		break;
+	case RESTORE_VCPU_INFO:
+		if (by_hva)
+			ASSERT_EQ(set_vcpu_info_hva(x, (uintptr_t)vcpu_info(x, 0)), 0);
+		else
+			set_vcpu_info(x, 0);
+		break;
+	case RESTORE_VECTOR:
+		set_vector(x, saved->vm_vector, UPCALL_VECTOR);
+		break;
+	case RESTORE_LAPIC:
+		vcpu_ioctl(x->vcpus[0], KVM_SET_LAPIC, &saved->lapic);
+		break;
+	case RESTORE_TIMER:
+		set_timer(x, saved->timer ? 1 : 0);
+		break;
+	}
+}
+
+/* Put everything that restore_step() sets into the state of a new VM. */
+static void undo_restore(struct xen_vm *x)
+{
+	set_vector(x, false, 0);
+	set_vector(x, true, 0);
+	set_lapic(x->vcpus[0], false);
+	stop_timer(x);
+	unset_vcpu_info(x, 0);
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = KVM_XEN_INVALID_GFN,
+	}), 0);
+	clear_pages(x);
+	memset(addr_gva2hva(x->vm, (vm_vaddr_t)guest_handled), 0, sizeof(guest_handled));
+}
+
+static bool handled(struct xen_vm *x, uint32_t port)
+{
+	uint64_t *bits = addr_gva2hva(x->vm, (vm_vaddr_t)guest_handled);
+
+	return bits[port / 64] & BIT(port % 64);
+}
+
+/* An event before the save, and one of the same word after the restore. */
+#define SAVED_PORT		200
+#define LATER_PORT		201
+
+/* Returns true if no event is lost. */
+static bool restore(struct xen_vm *x, struct saved_vm *saved, const int *order,
+		    bool by_hva)
+{
+	bool before, timer, after;
+	char text[200] = "";
+	int i;
+
+	undo_restore(x);
+	for (i = 0; i < NR_RESTORE_STEPS; i++)
+		restore_step(x, saved, order[i], by_hva);
+
+	vcpu_run_to_sync(x->vcpus[0]);
+	before = handled(x, SAVED_PORT);
+	timer = handled(x, TIMER_PORT);
+
+	ASSERT_EQ(send_by_ioctl(x, LATER_PORT, 0), 0);
+	vcpu_run_to_sync(x->vcpus[0]);
+	after = handled(x, LATER_PORT);
+	if (before && timer == saved->timer && after)
+		return true;
+
+	for (i = 0; i < NR_RESTORE_STEPS; i++) {
+		strcat(text, " ");
+		strcat(text, restore_steps[order[i]]);
+	}
+	pr_info("vector of the %s, saved event %s, %s, order%s: handled: saved event %d, timer %d, later event %d; expected 1, %d, 1\n",
+		saved->vm_vector ? "VM" : "vCPU", saved->raised ? "raised" : "recorded",
+		by_hva ? "hva" : "gpa", text, before, timer, after, saved->timer);
+	return false;
+}
+
+/*
+ * Restore a VM in many orders: the event that was sent before the VM was saved, the
+ * event of the timer and a later one are handled.  -n 720 tries all orders.
+ */
+TEST(restore_order)
+{
+	const int nr_orders = xen_nr_orders(NR_RESTORE_STEPS);
+	bool hva = kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA;
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_take_upcall);
+	int i, variant, lost = 0, tries = min(nr_orders, nr_races);
+	struct saved_vm *saved = calloc(1, sizeof(*saved));
+	int order[NR_RESTORE_STEPS];
+	struct xen_vcpu_info *vi;
+
+	TEST_ASSERT(saved, "calloc() failed: %s", strerror(errno));
+	vm_init_descriptor_tables(x->vm);
+	vcpu_init_descriptor_tables(x->vcpus[0]);
+	vm_install_exception_handler(x->vm, UPCALL_VECTOR, guest_handle_events);
+	vcpu_run_to_sync(x->vcpus[0]);
+	vcpu_ioctl(x->vcpus[0], KVM_GET_LAPIC, &saved->lapic);
+
+	for (variant = 0; variant < 8; variant++) {
+		saved->vm_vector = variant & 1;
+		saved->raised = variant & 2;
+		/* The event of a timer injects the vector, for other events as well. */
+		saved->timer = variant & 4;
+		memset(saved->memory, 0, sizeof(saved->memory));
+		saved->memory[SHINFO_PAGE * PAGE_SIZE + XEN_SHINFO_PENDING + SAVED_PORT / 8] =
+			BIT(SAVED_PORT % 8);
+		if (saved->raised) {
+			vi = (void *)saved->memory + VCPU_INFO_PAGE * PAGE_SIZE + VCPU_INFO_OFFSET;
+			vi->evtchn_upcall_pending = 1;
+			vi->evtchn_pending_sel = BIT(SAVED_PORT / 64);
+		}
+		/* The step has no common divisor with the number of orders. */
+		for (i = 0; i < tries; i++) {
+			xen_get_order(i * 163 % nr_orders, order, NR_RESTORE_STEPS);
+			if (!restore(x, saved, order, hva && i % 2))
+				lost++;
+		}
+	}
+	TEST_ASSERT(!lost, "%d of %d restores lost an event, expected 0", lost,
+		    8 * tries);
+
+	free(saved);
+	xen_vm_free(x);
+}
 
 #define NR_PERF_EVENTS		2000
 #define PERF_PORT		8
@@ -1964,15 +2271,10 @@ static void measure(void)
 
 static void help(void)
 {
-	int i;
-
-	printf("usage: %s [-h] [-n races] [-p] [-t case]\n", program_invocation_short_name);
+	printf("usage: %s [-h] [-n races] [-p] [case...]\n", program_invocation_short_name);
 	printf(" -n: how many times to try a race (default: %d)\n", nr_races);
 	printf(" -p: measure the cost of an event instead of running cases\n");
-	printf(" -t: run only this case, one of:");
-	for (i = 0; i < ARRAY_SIZE(cases); i++)
-		printf(" %s", cases[i].name);
-	puts("");
+	printf(" case: run only this one; !case: run all but this one\n");
 }
 
 int main(int argc, char *argv[])
@@ -1980,22 +2282,16 @@ int main(int argc, char *argv[])
 	const uint32_t caps = KVM_XEN_HVM_CONFIG_SHARED_INFO |
 			      KVM_XEN_HVM_CONFIG_EVTCHN_2LEVEL |
 			      KVM_XEN_HVM_CONFIG_EVTCHN_SEND;
-	const char *only = NULL;
-	bool perf = false, found = false;
-	int opt, i;
+	bool perf = false;
+	int opt;
 
-	setbuf(stdout, NULL);
-
-	while ((opt = getopt(argc, argv, "hn:pt:")) != -1) {
+	while ((opt = getopt(argc, argv, "hn:p")) != -1) {
 		switch (opt) {
 		case 'n':
 			nr_races = atoi(optarg);
 			break;
 		case 'p':
 			perf = true;
-			break;
-		case 't':
-			only = optarg;
 			break;
 		case 'h':
 		default:
@@ -2011,16 +2307,5 @@ int main(int argc, char *argv[])
 		return 0;
 	}
 
-	for (i = 0; i < ARRAY_SIZE(cases); i++) {
-		if (only && strcmp(only, cases[i].name))
-			continue;
-		found = true;
-		printf("%s\n", cases[i].name);
-		cases[i].run();
-	}
-	if (!found)
-		help();
-	TEST_ASSERT(found, "no such case: %s, expected one of those listed", only);
-
-	return 0;
+	return run_cases(argv + optind);
 }

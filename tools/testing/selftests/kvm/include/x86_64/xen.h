@@ -86,6 +86,30 @@ static inline uint64_t xen_guest_clock(struct kvm_vm *vm)
 	return data.clock;
 }
 
+/* In how many orders can @nr steps be done? */
+static inline uint64_t xen_nr_orders(int nr)
+{
+	return nr ? nr * xen_nr_orders(nr - 1) : 1;
+}
+
+/* Stores in @order, of @nr steps, the order with number @n. */
+static inline void xen_get_order(uint64_t n, int *order, int nr)
+{
+	uint64_t nr_orders = xen_nr_orders(nr);
+	int i, j, step;
+
+	for (i = 0; i < nr; i++)
+		order[i] = i;
+	for (i = 0; i < nr; i++) {
+		nr_orders /= nr - i;
+		step = order[i + n / nr_orders];
+		for (j = i + n / nr_orders; j > i; j--)
+			order[j] = order[j - 1];
+		order[i] = step;
+		n %= nr_orders;
+	}
+}
+
 /* For use by guest code, in 64-bit mode. */
 static inline uint64_t xen_hypercall(uint64_t nr, uint64_t arg1, uint64_t arg2)
 {

@@ -1,0 +1,126 @@
+/* SPDX-License-Identifier: GPL-2.0-only */
+/*
+ * kselftest_harness.h for KVM selftests.
+ *
+ * Each TEST() and TEST_F() is a case, with a point in the TAP.  It runs in a process
+ * of its own: if it fails, crashes or hangs, the other cases still run.
+ * TEST_REQUIRE() skips the case; in main(), before run_cases(), it skips the test.
+ *
+ * If TEST_TIMEOUT is set in the environment, a case may take so many seconds.
+ */
+#ifndef SELFTEST_KVM_TEST_HARNESS_H
+#define SELFTEST_KVM_TEST_HARNESS_H
+
+#include "test_util.h"
+
+/* KVM selftests use the ASSERT_EQ() of test_util.h. */
+#pragma push_macro("ASSERT_EQ")
+#undef ASSERT_EQ
+#include "kselftest_harness.h"
+#pragma pop_macro("ASSERT_EQ")
+
+/* The exit code by which a case tells kselftest_harness.h that it is skipped */
+#define CASE_SKIPPED	255
+
+/* Returns the case that this process runs, or NULL if it runs none. */
+static struct __test_metadata *running_case(void)
+{
+	struct __fixture_metadata *f;
+	struct __test_metadata *t;
+
+	for (f = __fixture_list; f; f = f->next) {
+		for (t = f->tests; t; t = t->next) {
+			if (t->results)
+				return t;
+		}
+	}
+	return NULL;
+}
+
+static void __attribute__((format(printf, 1, 2))) skip(const char *fmt, ...)
+{
+	struct __test_metadata *_metadata = running_case();
+	char reason[1024];
+	va_list ap;
+
+	va_start(ap, fmt);
+	vsnprintf(reason, sizeof(reason), fmt, ap);
+	va_end(ap);
+	if (!_metadata)
+		ksft_exit_skip("- %s\n", reason);
+	SKIP(_exit(CASE_SKIPPED), "%s", reason);
+}
+
+#undef __TEST_REQUIRE
+#define __TEST_REQUIRE(f, fmt, ...)					\
+do {									\
+	if (!(f))							\
+		skip(fmt, ##__VA_ARGS__);				\
+} while (0)
+
+/* The library's TEST_REQUIRE() exits with KSFT_SKIP. */
+static void skip_case_at_exit(int status, void *unused)
+{
+	if (status == KSFT_SKIP)
+		_exit(CASE_SKIPPED);
+}
+
+/* A case is named, or "!" and its name leave it out.  Without a name, all cases run. */
+static bool is_chosen(const char *name, char **args)
+{
+	bool chosen = true;
+	int i;
+
+	for (i = 0; args[i]; i++) {
+		if (*args[i] != '!')
+			chosen = false;
+	}
+	for (i = 0; args[i]; i++) {
+		if (!strcmp(args[i] + (*args[i] == '!'), name))
+			chosen = *args[i] != '!';
+	}
+	return chosen;
+}
+
+static bool is_case(const char *name)
+{
+	struct __fixture_metadata *f;
+	struct __test_metadata *t;
+
+	for (f = __fixture_list; f; f = f->next) {
+		for (t = f->tests; t; t = t->next) {
+			if (!strcmp(t->name, name))
+				return true;
+		}
+	}
+	return false;
+}
+
+/* Runs the cases that the arguments, a list that ends with NULL, choose. */
+static int run_cases(char **args)
+{
+	const char *timeout = getenv("TEST_TIMEOUT");
+	struct __test_metadata *t, **link;
+	struct __fixture_metadata *f;
+	int i;
+
+	for (i = 0; args[i]; i++)
+		TEST_ASSERT(is_case(args[i] + (*args[i] == '!')), "no such case: %s", args[i]);
+
+	for (f = __fixture_list; f; f = f->next) {
+		for (link = &f->tests; (t = *link); ) {
+			if (timeout)
+				t->timeout = atoi(timeout);
+			if (is_chosen(t->name, args))
+				link = &t->next;
+			else
+				*link = t->next;
+		}
+	}
+
+	setbuf(stdout, NULL);
+	on_exit(skip_case_at_exit, NULL);
+	return test_harness_run(0, NULL);
+}
+
+#endif /* SELFTEST_KVM_TEST_HARNESS_H */

@@ -1,0 +1,409 @@
+// SPDX-License-Identifier: GPL-2.0-only
+/*
+ * Test asynchronous page faults, with a page that userfaultfd provides.
+ *
+ *  - deliver: the guest gets a #PF with a token for the missing page, and an interrupt
+ *    with the same token when the page is present.
+ *  - set_msrs: the page is taken away again before KVM handles the completion, and
+ *    KVM_SET_MSRS makes KVM handle it.  KVM then tries to map the page on behalf of an
+ *    ioctl other than KVM_RUN.  It must not wait for the page, and changes of memslots
+ *    must complete afterwards.
+ *
+ * The tests run in a child process.  If an ioctl of the child never returns, not even
+ * to a fatal signal, the parent reports that.
+ */
+#define _GNU_SOURCE /* for program_invocation_short_name */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <asm/kvm_para.h>
+#include <linux/kvm_para.h>
+#include <linux/sizes.h>
+#include <linux/userfaultfd.h>
+
+#include <test_util.h>
+#include <kvm_util.h>
+#include <processor.h>
+#include <apic.h>
+
+/* Arbitrarily chosen, above the addresses that the library uses. */
+#define DATA_GPA		SZ_1G
+#define OTHER_GPA		(SZ_1G + SZ_1M)
+#define DATA_SLOT		100
+#define OTHER_SLOT		101
+
+#define READY_VECTOR		0x40
+#define DATA_VALUE		0x600dull
+
+/* The token of the interrupt that follows the activation of the feature. */
+#define TOKEN_ALL		0xffffffffu
+
+/*
+ * Much longer than any step of the tests takes on a slow machine with a debug kernel.
+ * A step that is not complete by then waits for something that does not happen.
+ */
+#define TIMEOUT_SECONDS		60
+
+/* Stages of the guest. */
+enum {
+	PAGE_MISSING,	/* with the token */
+	PAGE_READ,	/* with the value */
+};
+
+/* Written by KVM, and by the guest to acknowledge. */
+static struct kvm_vcpu_pv_apf_data apf __aligned(64);
+
+/* Used only by the guest. */
+static uint32_t ready_token;
+static bool activated;
+
+static struct kvm_vm *vm;
+static struct kvm_vcpu *vcpu;
+static struct kvm_vcpu_pv_apf_data *host_apf;
+static size_t page_size;
+static void *data, *other;
+static int uffd;
+
+/* Where the child tells the parent what it is about to do. */
+static int steps;
+
+static void guest_pf_handler(struct ex_regs *regs)
+{
+	uint64_t token;
+
+	asm volatile("mov %%cr2, %0" : "=r"(token));
+	GUEST_ASSERT_1(apf.flags == KVM_PV_REASON_PAGE_NOT_PRESENT, apf.flags);
+	apf.flags = 0;
+
+	GUEST_SYNC_ARGS(PAGE_MISSING, token, 0, 0, 0);
+
+	while (READ_ONCE(ready_token) != token)
+		asm volatile("sti; hlt; cli" ::: "memory");
+}
+
+static void guest_ready_handler(struct ex_regs *regs)
+{
+	uint32_t token = READ_ONCE(apf.token);
+
+	if (token == TOKEN_ALL)
+		WRITE_ONCE(activated, true);
+	else
+		WRITE_ONCE(ready_token, token);
+
+	WRITE_ONCE(apf.token, 0);
+	x2apic_write_reg(APIC_EOI, 0);
+	wrmsr(MSR_KVM_ASYNC_PF_ACK, 1);
+}
+
+static void guest_code(uint64_t apf_gpa)
+{
+	x2apic_enable();
+	wrmsr(MSR_KVM_ASYNC_PF_INT, READY_VECTOR);
+	wrmsr(MSR_KVM_ASYNC_PF_EN, apf_gpa | KVM_ASYNC_PF_ENABLED |
+	      KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT);
+	while (!READ_ONCE(activated))
+		asm volatile("sti; hlt; cli" ::: "memory");
+
+	/* KVM uses asynchronous page faults only if interrupts are enabled. */
+	asm volatile("sti");
+	for (;;)
+		GUEST_SYNC_ARGS(PAGE_READ, READ_ONCE(*(uint64_t *)DATA_GPA), 0, 0, 0);
+}
+
+static void begin(const char *step)
+{
+	pr_debug("%s\n", step);
+	/* The parent has the same strings at the same addresses. */
+	TEST_ASSERT(write(steps, &step, sizeof(step)) == sizeof(step), "write(): errno %d", errno);
+}
+
+/* Run the guest until it reports @stage.  Returns what it reports. */
+static uint64_t run_until(int stage)
+{
+	struct ucall uc;
+
+	vcpu_run(vcpu);
+	switch (get_ucall(vcpu, &uc)) {
+	case UCALL_SYNC:
+		TEST_ASSERT(uc.args[1] == stage, "expected stage %d of the guest, got %lu",
+			    stage, uc.args[1]);
+		return uc.args[2];
+	case UCALL_ABORT:
+		REPORT_GUEST_ASSERT_1(uc, "flags %#lx");
+	default:
+		TEST_FAIL("expected a ucall, got exit reason %s",
+			  exit_reason_str(vcpu->run->exit_reason));
+	}
+}
+
+static void set_slot(uint32_t slot, uint64_t gpa, size_t size, void *hva)
+{
+	vm_set_user_memory_region(vm, slot, 0, gpa, size, hva);
+}
+
+static void create_other(void)
+{
+	set_slot(OTHER_SLOT, OTHER_GPA, page_size, other);
+}
+
+static void delete_other(void)
+{
+	set_slot(OTHER_SLOT, OTHER_GPA, 0, other);
+}
+
+static bool is_fault_pending(void)
+{
+	struct pollfd p = { .fd = uffd, .events = POLLIN };
+
+	return poll(&p, 1, 0) > 0;
+}
+
+/* Wait until a thread waits for the page.  Returns the thread's id. */
+static pid_t wait_for_fault(void)
+{
+	struct pollfd p = { .fd = uffd, .events = POLLIN };
+	struct uffd_msg msg;
+	ssize_t n;
+
+	do {
+		poll(&p, 1, -1);
+		n = read(uffd, &msg, sizeof(msg));
+	} while (n < 0 && errno == EAGAIN);
+	TEST_ASSERT(n == sizeof(msg), "read(uffd): expected %zu, got %zd, errno %d",
+		    sizeof(msg), n, errno);
+	TEST_ASSERT(msg.event == UFFD_EVENT_PAGEFAULT, "expected event %d, got %d",
+		    UFFD_EVENT_PAGEFAULT, msg.event);
+	return msg.arg.pagefault.feat.ptid;
+}
+
+/* Wait until KVM's worker, which is not a thread of this process, waits for the page. */
+static void wait_for_worker(void)
+{
+	pid_t tid = wait_for_fault();
+
+	TEST_ASSERT(tid != gettid(), "expected an asynchronous page fault");
+}
+
+static void provide_page(void)
+{
+	uint64_t *page = aligned_alloc(page_size, page_size);
+	struct uffdio_copy copy = {
+		.dst = (uintptr_t)data,
+		.src = (uintptr_t)page,
+		.len = page_size,
+	};
+
+	TEST_ASSERT(page, "aligned_alloc() failed");
+	memset(page, 0, page_size);
+	*page = DATA_VALUE;
+	TEST_ASSERT(!ioctl(uffd, UFFDIO_COPY, &copy), "UFFDIO_COPY: errno %d", errno);
+	free(page);
+}
+
+static void drop_page(void)
+{
+	TEST_ASSERT(!madvise(data, page_size, MADV_DONTNEED), "madvise(): errno %d", errno);
+}
+
+static void open_uffd(void)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_THREAD_ID };
+	struct uffdio_register reg = {
+		.range = { .start = (uintptr_t)data, .len = page_size },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+
+	/* poll() works only with O_NONBLOCK. */
+	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	__TEST_REQUIRE(uffd >= 0, "no userfaultfd");
+	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API: errno %d", errno);
+	TEST_ASSERT(!ioctl(uffd, UFFDIO_REGISTER, &reg), "UFFDIO_REGISTER: errno %d", errno);
+}
+
+/* Let the guest read the page after the interrupt with @token. */
+static void finish_access(uint64_t token)
+{
+	uint64_t value = run_until(PAGE_READ);
+
+	sync_global_from_guest(vm, ready_token);
+	TEST_ASSERT(ready_token == token, "expected an interrupt with token %#lx, got %#x",
+		    token, ready_token);
+	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
+}
+
+static void test_deliver(void)
+{
+	uint64_t token;
+
+	begin("deliver: wait for #PF");
+	drop_page();
+	token = run_until(PAGE_MISSING);
+
+	begin("deliver: wait for KVM's worker");
+	wait_for_worker();
+	provide_page();
+
+	begin("deliver: wait for the interrupt");
+	finish_access(token);
+}
+
+struct ack {
+	pid_t tid;
+	bool done;
+};
+
+/* Let KVM_SET_MSRS handle the completed asynchronous page fault. */
+static void *ack_worker(void *arg)
+{
+	struct ack *ack = arg;
+
+	WRITE_ONCE(ack->tid, gettid());
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_ACK, 1);
+	WRITE_ONCE(ack->done, true);
+	return NULL;
+}
+
+/*
+ * Returns true if KVM_SET_MSRS waited for the page, which is provided then.  Sets
+ * @worker_waits if KVM's worker waits for the page.
+ */
+static bool ack(bool *worker_waits)
+{
+	struct ack ack = {};
+	pthread_t thread;
+	bool waited = false;
+
+	thread = start_thread(ack_worker, &ack);
+	while (!READ_ONCE(ack.done)) {
+		if (!is_fault_pending()) {
+			sched_yield();
+			continue;
+		}
+		if (wait_for_fault() == ack.tid) {
+			waited = true;
+			provide_page();
+		} else {
+			*worker_waits = true;
+		}
+	}
+	join_thread(thread, "KVM_SET_MSRS");
+	return waited;
+}
+
+static void test_set_msrs(void)
+{
+	bool waited = false, worker_waits;
+	useconds_t us = 1000;
+	uint64_t token;
+
+	begin("set_msrs: wait for #PF");
+	drop_page();
+	token = run_until(PAGE_MISSING);
+
+	/* Readers of the memslots use the other index of kvm->srcu from now on. */
+	begin("set_msrs: create a memslot before KVM_SET_MSRS");
+	create_other();
+
+	begin("set_msrs: wait for KVM's worker");
+	wait_for_worker();
+	do {
+		/*
+		 * Nothing shows that the worker has got the page.  If it has not when
+		 * the page is dropped, it waits again; then give it more time.
+		 */
+		provide_page();
+		usleep(us);
+		us *= 2;
+		drop_page();
+
+		begin("set_msrs: KVM_SET_MSRS");
+		worker_waits = false;
+		while (!host_apf->token && !worker_waits)
+			waited |= ack(&worker_waits);
+	} while (!host_apf->token);
+	TEST_ASSERT(host_apf->token == token, "expected token %#lx, got %#x",
+		    token, host_apf->token);
+
+	begin("set_msrs: change memslots after KVM_SET_MSRS");
+	delete_other();
+	create_other();
+	delete_other();
+	TEST_ASSERT(!waited, "expected KVM_SET_MSRS not to wait for the page");
+
+	/* The page is missing again. */
+	begin("set_msrs: wait for #PF again");
+	token = run_until(PAGE_MISSING);
+	wait_for_worker();
+	provide_page();
+	begin("set_msrs: wait for the interrupt");
+	finish_access(token);
+}
+
+static void run_tests(void)
+{
+	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	ucall_init(vm, NULL);
+	page_size = getpagesize();
+	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	other = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
+	set_slot(DATA_SLOT, DATA_GPA, page_size, data);
+	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
+	open_uffd();
+
+	vm_init_descriptor_tables(vm);
+	vcpu_init_descriptor_tables(vcpu);
+	vm_install_exception_handler(vm, PF_VECTOR, guest_pf_handler);
+	vm_install_exception_handler(vm, READY_VECTOR, guest_ready_handler);
+	vcpu_args_set(vcpu, 1, addr_gva2gpa(vm, (vm_vaddr_t)&apf));
+	host_apf = addr_gva2hva(vm, (vm_vaddr_t)&apf);
+
+	test_deliver();
+	test_set_msrs();
+	kvm_vm_free(vm);
+}
+
+int main(int argc, char *argv[])
+{
+	const char *step = "start";
+	int status, fds[2], ret;
+	struct pollfd p;
+	pid_t child;
+
+	setbuf(stdout, NULL);
+	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_KVM_ASYNC_PF_INT));
+	TEST_ASSERT(!pipe(fds), "pipe(): errno %d", errno);
+
+	child = fork();
+	TEST_ASSERT(child >= 0, "fork(): errno %d", errno);
+	if (!child) {
+		close(fds[0]);
+		steps = fds[1];
+		run_tests();
+		exit(0);
+	}
+
+	close(fds[1]);
+	p = (struct pollfd){ .fd = fds[0], .events = POLLIN };
+	do {
+		ret = poll(&p, 1, TIMEOUT_SECONDS * 1000);
+		if (ret <= 0)
+			kill(child, SIGKILL);
+		TEST_ASSERT(ret > 0, "%s: not complete after %d s", step, TIMEOUT_SECONDS);
+	} while (read(fds[0], &step, sizeof(step)) == sizeof(step));
+
+	TEST_ASSERT(waitpid(child, &status, 0) == child, "waitpid(): errno %d", errno);
+	TEST_ASSERT(WIFEXITED(status), "%s: the child was killed, status %#x", step, status);
+	return WEXITSTATUS(status);
+}
