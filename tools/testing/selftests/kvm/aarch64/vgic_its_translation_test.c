@@ -937,61 +937,6 @@ static void test_unmap_pending(const char *what, void (*unmap)(void))
 	destroy_vm();
 }
 
-TEST(unmap_pending_discard)
-{
-	test_unmap_pending("DISCARD of a pending LPI", guest_discard);
-}
-
-TEST(unmap_pending_mapd_unmap)
-{
-	test_unmap_pending("MAPD V=0 with an LPI pending", guest_mapd_unmap);
-}
-
-TEST(unmap_pending_lpis_disable_enable)
-{
-	test_unmap_pending("EnableLPIs cleared, set with an LPI pending",
-			   guest_lpis_disable_enable);
-}
-
-TEST(unmap_pending_lpis_disable_discard)
-{
-	test_unmap_pending("EnableLPIs cleared with an LPI pending, DISCARD",
-			   guest_lpis_disable_discard);
-}
-
-TEST(unmap_pending_discard_mapti_same)
-{
-	test_unmap_pending("DISCARD of a pending LPI, MAPTI of the same LPI",
-			   guest_discard_mapti_same);
-}
-
-TEST(unmap_pending_mapd_again)
-{
-	test_unmap_pending("MAPD V=1 again with an LPI pending", guest_mapd_again);
-}
-
-TEST(unmap_pending_movi_discard)
-{
-	test_unmap_pending("MOVI of a pending LPI, DISCARD", guest_movi_discard);
-}
-
-TEST(unmap_pending_movall_discard)
-{
-	test_unmap_pending("MOVALL of a pending LPI, DISCARD", guest_movall_discard);
-}
-
-TEST(unmap_pending_mapc_mapd_unmap)
-{
-	test_unmap_pending("MAPC V=0, MAPD V=0 with an LPI pending",
-			   guest_mapc_mapd_unmap);
-}
-
-TEST(unmap_pending_clear_device_baser)
-{
-	test_unmap_pending("device GITS_BASER cleared with an LPI pending",
-			   guest_clear_device_baser);
-}
-
 TEST(reset_pending)
 {
 	create_vm();
@@ -1158,17 +1103,6 @@ static void test_in_list_register(const char *what, void (*command)(void),
 	}
 
 	destroy_vm();
-}
-
-TEST(in_list_register_discard)
-{
-	test_in_list_register("DISCARD", guest_discard, guest_mapti_a0);
-}
-
-TEST(in_list_register_lpis_disable)
-{
-	test_in_list_register("EnableLPIs cleared", guest_lpis_disable,
-			      guest_lpis_enable);
 }
 
 static void guest_lpis_enable(void)
@@ -1799,6 +1733,72 @@ TEST(memcg)
 		test_memcg_limit(dir, limit);
 	umount(dir);
 	rmdir(dir);
+}
+
+TEST(unmap_pending_discard)
+{
+	test_unmap_pending("DISCARD of a pending LPI", guest_discard);
+}
+
+TEST(unmap_pending_mapd_unmap)
+{
+	test_unmap_pending("MAPD V=0 with an LPI pending", guest_mapd_unmap);
+}
+
+TEST(unmap_pending_lpis_disable_enable)
+{
+	test_unmap_pending("EnableLPIs cleared, set with an LPI pending",
+			   guest_lpis_disable_enable);
+}
+
+TEST(unmap_pending_lpis_disable_discard)
+{
+	test_unmap_pending("EnableLPIs cleared with an LPI pending, DISCARD",
+			   guest_lpis_disable_discard);
+}
+
+TEST(unmap_pending_discard_mapti_same)
+{
+	test_unmap_pending("DISCARD of a pending LPI, MAPTI of the same LPI",
+			   guest_discard_mapti_same);
+}
+
+TEST(unmap_pending_mapd_again)
+{
+	test_unmap_pending("MAPD V=1 again with an LPI pending", guest_mapd_again);
+}
+
+TEST(unmap_pending_movi_discard)
+{
+	test_unmap_pending("MOVI of a pending LPI, DISCARD", guest_movi_discard);
+}
+
+TEST(unmap_pending_movall_discard)
+{
+	test_unmap_pending("MOVALL of a pending LPI, DISCARD", guest_movall_discard);
+}
+
+TEST(unmap_pending_mapc_mapd_unmap)
+{
+	test_unmap_pending("MAPC V=0, MAPD V=0 with an LPI pending",
+			   guest_mapc_mapd_unmap);
+}
+
+TEST(unmap_pending_clear_device_baser)
+{
+	test_unmap_pending("device GITS_BASER cleared with an LPI pending",
+			   guest_clear_device_baser);
+}
+
+TEST(in_list_register_discard)
+{
+	test_in_list_register("DISCARD", guest_discard, guest_mapti_a0);
+}
+
+TEST(in_list_register_lpis_disable)
+{
+	test_in_list_register("EnableLPIs cleared", guest_lpis_disable,
+			      guest_lpis_enable);
 }
 
 int main(int argc, char *argv[])
