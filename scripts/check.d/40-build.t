@@ -7,7 +7,7 @@
 # Warnings of W=1 and sparse in the C files that the series touches: base and
 # patched, without line numbers.  What is new, and not in warnings.tsv?
 new_warnings() {
-	local arch=$1 which src f o=o-$1-lint files
+	local arch=$1 which src f o=o-$1-lint files objects
 	use_arch "$arch"
 	src=$("$TOP/scripts/src" patched)
 	mapfile -t files < <(git -C "$src" diff --name-only base HEAD -- \
@@ -18,14 +18,14 @@ new_warnings() {
 		mkdir -p "$src/$o"
 		cp "$src/o-$arch-plain/.config" "$src/$o/.config"
 		kmake "$src" "$o" olddefconfig prepare
-		: > "$work/$which"
+		objects=()
 		for f in "${files[@]}"; do
 			# Not those that this kernel lacks, or that another file includes.
-			[[ -f $src/o-$arch-plain/${f%.c}.o ]] || continue
-			rm -f "$src/$o/${f%.c}.o"
-			make -s -C "$src" O="$o" "${kernel_make[@]}" CC="$kernel_cc" KCFLAGS=-Wno-error \
-				W=1 C=2 CHECK=sparse "${f%.c}.o" >> "$work/$which" 2>&1 || :
+			[[ ! -f $src/o-$arch-plain/${f%.c}.o ]] || objects+=("${f%.c}.o")
 		done
+		(cd "$src/$o" && rm -f "${objects[@]}")
+		make -s -k -O -j "$JOBS" -C "$src" O="$o" "${kernel_make[@]}" CC="$kernel_cc" KCFLAGS=-Wno-error \
+			W=1 C=2 CHECK=sparse "${objects[@]}" > "$work/$which" 2>&1 || :
 		sed -nE '/: (warning|error):/s/:[0-9]+(:[0-9]+)?:/:/p' "$work/$which" | sort > "$work/$which.sorted"
 	done
 	none < <(comm -13 "$work/base.sorted" "$work/patched.sorted" |
