@@ -10,10 +10,9 @@
  *  - gone: the slot whose page the vCPU waits for is deleted.  That must not complete
  *    before the page arrives, but other changes must.  Afterwards, the vCPU must not
  *    populate the memory, and the guest must find none.
- *  - unlucky: each time the page has arrived, it is taken away before the guest can
- *    access it.  KVM must fault it in without kvm->srcu KVM_PAGE_IN_MAX_ATTEMPTS
- *    times, then with kvm->srcu held.  Faults on other, resident pages of the guest
- *    must not change that.
+ *  - shmem, hugetlb: the same with other memory than anonymous memory.
+ *  - once: if no memslot changes meanwhile, the guest faults once, and not again when
+ *    the page has arrived.
  *  - race: the page is repeatedly taken away as soon as it has arrived, and stays in
  *    the end.  Sometimes the guest accesses it in time.
  *  - error: the page cannot be faulted in.  KVM_RUN must fail with EFAULT.
@@ -23,7 +22,6 @@
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
-#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -43,24 +41,12 @@
 
 /* Arbitrarily chosen, above the addresses that the library uses. */
 #define DATA_GPA		SZ_1G
-#define OTHER_GPA		(SZ_1G + SZ_1M)
+#define OTHER_GPA		SZ_2G
 #define DATA_SLOT		100
 #define OTHER_SLOT		101
 #define OTHER_UPPER_SLOT	102
 #define DATA_SLOT_2		103
 #define NR_OTHER_PAGES		4
-
-/* The value in virt/kvm/kvm_main.c */
-#define KVM_PAGE_IN_MAX_ATTEMPTS 3
-
-/* Increases by at least MIN_FAULTS if the guest first faults on another page. */
-#ifdef __x86_64__
-#define FAULT_STAT		"pf_fixed"
-#define MIN_FAULTS		1
-#else
-#define FAULT_STAT		"exits"
-#define MIN_FAULTS		2
-#endif
 
 #define DATA_VALUE		0x600dull
 #define NO_SLOT			0xdeadull
@@ -82,7 +68,7 @@
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static pthread_t vcpu_thread;
-static size_t page_size;
+static size_t page_size, data_size;
 static void *data, *other;
 static int uffd;
 static int nr_changes = 10, nr_rounds = 20;
@@ -160,15 +146,15 @@ static void wait_for_fault(void)
 
 static void provide_page(void)
 {
-	uint64_t *page = aligned_alloc(page_size, page_size);
+	uint64_t *page = aligned_alloc(page_size, data_size);
 	struct uffdio_copy copy = {
 		.dst = (uintptr_t)data,
 		.src = (uintptr_t)page,
-		.len = page_size,
+		.len = data_size,
 	};
 
 	TEST_ASSERT(page, "aligned_alloc() failed");
-	memset(page, 0, page_size);
+	memset(page, 0, data_size);
 	*page = DATA_VALUE;
 	TEST_ASSERT(!ioctl(uffd, UFFDIO_COPY, &copy), "UFFDIO_COPY: errno %d", errno);
 	free(page);
@@ -176,14 +162,14 @@ static void provide_page(void)
 
 static void drop_page(void)
 {
-	TEST_ASSERT(!madvise(data, page_size, MADV_DONTNEED), "madvise(): errno %d", errno);
+	TEST_ASSERT(!madvise(data, data_size, MADV_DONTNEED), "madvise(): errno %d", errno);
 }
 
 static void open_uffd(void)
 {
 	struct uffdio_api api = { .api = UFFD_API };
 	struct uffdio_register reg = {
-		.range = { .start = (uintptr_t)data, .len = page_size },
+		.range = { .start = (uintptr_t)data, .len = data_size },
 		.mode = UFFDIO_REGISTER_MODE_MISSING,
 	};
 
@@ -316,22 +302,35 @@ static int compare(const void *a, const void *b)
 	return x < y ? -1 : x > y;
 }
 
+/* Let the guest access @size bytes at @mem, which userfaultfd provides. */
+static void use_data(void *mem, size_t size)
+{
+	TEST_ASSERT(mem != MAP_FAILED, "mmap(): errno %d", errno);
+	data = mem;
+	data_size = size;
+	set_data_region(size);
+	open_uffd();
+}
+
 static void set_up(void)
 {
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
 	ucall_init(vm, NULL);
 	page_size = getpagesize();
-	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	other = mmap(NULL, NR_OTHER_PAGES * page_size, PROT_READ | PROT_WRITE,
 		     MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
-	set_data_region(page_size);
+	TEST_ASSERT(other != MAP_FAILED, "mmap(): errno %d", errno);
 	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
-	open_uffd();
 
 	TEST_ASSERT(!sem_init(&change_requested, 0, 0) && !sem_init(&change_done, 0, 0),
 		    "sem_init() failed");
 	change_thread = start_thread(change_worker, NULL);
+}
+
+static void use_anonymous_data(void)
+{
+	use_data(mmap(NULL, page_size, PROT_READ | PROT_WRITE,
+			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), page_size);
 }
 
 static void tear_down(void)
@@ -342,12 +341,14 @@ static void tear_down(void)
 	kvm_vm_free(vm);
 }
 
+/* Anonymous memory */
 FIXTURE(latency) {
 };
 
 FIXTURE_SETUP(latency)
 {
 	set_up();
+	use_anonymous_data();
 }
 
 FIXTURE_TEARDOWN(latency)
@@ -355,15 +356,35 @@ FIXTURE_TEARDOWN(latency)
 	tear_down();
 }
 
+/* Memory that the case chooses */
+FIXTURE(backing) {
+};
+
+FIXTURE_SETUP(backing)
+{
+	set_up();
+}
+
+FIXTURE_TEARDOWN(backing)
+{
+	tear_down();
+}
+
+static struct change changes[] = {
+	{ "create", create_other },
+	{ "split", split_other },
+	{ "merge", merge_other },
+	{ "delete", delete_other },
+};
+
+static bool is_possible(struct change *c)
+{
+	return kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS) ||
+	       (c->make != split_other && c->make != merge_other);
+}
+
 static void test_wait(void)
 {
-	struct change changes[] = {
-		{ "create", create_other },
-		{ "split", split_other },
-		{ "merge", merge_other },
-		{ "delete", delete_other },
-	};
-	bool has_transactions = kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS);
 	uint64_t *ns[ARRAY_SIZE(changes)];
 	int i, j;
 
@@ -378,11 +399,9 @@ static void test_wait(void)
 
 	for (i = 0; i < nr_changes; i++) {
 		for (j = 0; j < ARRAY_SIZE(changes); j++) {
-			if (!has_transactions &&
-			    (changes[j].make == split_other || changes[j].make == merge_other))
-				continue;
 			changes[j].ns = &ns[j][i];
-			make_change(&changes[j]);
+			if (is_possible(&changes[j]))
+				make_change(&changes[j]);
 		}
 	}
 
@@ -400,11 +419,45 @@ static void test_wait(void)
 
 TEST_F(latency, wait)
 {
-	int i;
+	test_wait();
+}
 
-	/* More often than KVM_PAGE_IN_MAX_ATTEMPTS. */
-	for (i = 0; i < 5; i++)
-		test_wait();
+TEST_F(backing, shmem)
+{
+	int fd = kvm_memfd_alloc(page_size, false);
+
+	use_data(mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0),
+		      page_size);
+	test_wait();
+}
+
+/* Add @n to the number of huge pages. */
+static void add_huge_pages(int n)
+{
+	FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
+	int nr;
+
+	__TEST_REQUIRE(f, "needs a kernel with HUGETLBFS");
+	TEST_ASSERT(fscanf(f, "%d", &nr) == 1, "no number of huge pages");
+	rewind(f);
+	fprintf(f, "%d", nr + n);
+	fclose(f);
+}
+
+TEST_F(backing, hugetlb)
+{
+	size_t size;
+	void *mem;
+
+	add_huge_pages(1);
+	size = get_def_hugetlb_pagesz();
+	mem = mmap(NULL, size, PROT_READ | PROT_WRITE,
+		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+	use_data(mem, size);
+	test_wait();
+	delete_data();
+	munmap(mem, size);
+	add_huge_pages(-1);
 }
 
 static struct kvm_userspace_memory_region data_region(uint32_t slot, uint64_t gpa,
@@ -513,85 +566,34 @@ static void make_access(const char *what)
 	finish_access(what, DATA_VALUE);
 }
 
-static void do_nothing(int signal)
-{
-}
-
 /*
- * Provide the page to KVM, but take it away before the guest accesses it.  The
- * signal makes KVM_RUN return before it enters the guest again.  It does not end
- * the wait for the page.
+ * On x86, pf_taken counts the faults.  On arm64, the guest has nothing else to exit
+ * for than the fault and the ucall.
  */
-static void interrupt_access(const char *what)
-{
-	TEST_ASSERT(!pthread_kill(vcpu_thread, SIGUSR1), "pthread_kill() failed");
-	provide_page();
-	join_thread(vcpu_thread, what);
-	TEST_ASSERT(run_errno == EINTR, "%s: expected KVM_RUN to fail with errno %d, got %d",
-		    what, EINTR, run_errno);
-	drop_page();
-}
+#ifdef __x86_64__
+#define FAULT_STAT	"pf_taken"
+#define NR_FAULTS	1
+#else
+#define FAULT_STAT	"exits"
+#define NR_FAULTS	2
+#endif
 
-/* Drop KVM's mappings of code, stack and page tables; the pages stay resident. */
-static void unmap_guest(void)
-{
-	struct userspace_mem_region *region = memslot2region(vm, 0);
-	size_t size = region->region.memory_size;
-
-	TEST_ASSERT(!mprotect(region->host_mem, size, PROT_READ) &&
-		    !mprotect(region->host_mem, size, PROT_READ | PROT_WRITE),
-		    "mprotect(): errno %d", errno);
-}
-
-/*
- * With @unmap, the guest first faults on its code, which KVM maps, and then
- * faults on the page.
- */
-static void test_unlucky(const char *what, bool unmap)
+TEST_F(latency, once)
 {
 	uint64_t nr_faults, nr_page_ins;
-	int i, expected;
 
-	/* Open the statistics, which is not possible during KVM_RUN. */
-	vcpu_get_stat(vcpu, "page_in");
+	/* Map what else the guest accesses, and open the statistics. */
+	make_access("first access");
+	nr_page_ins = vcpu_get_stat(vcpu, "page_in");
+	nr_faults = vcpu_get_stat(vcpu, FAULT_STAT);
 
-	/* Reset the count of attempts. */
-	make_access(what);
-	drop_page();
+	make_access("once");
 
-	for (i = 0; i < nr_rounds; i++) {
-		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT);
-		if (unmap)
-			unmap_guest();
-		start_access();
-		wait_for_fault();
-		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
-		TEST_ASSERT(!unmap || nr_faults >= MIN_FAULTS,
-			    "%s: round %d: expected %s to increase by at least %d, got %lu",
-			    what, i, FAULT_STAT, MIN_FAULTS, nr_faults);
-
-		nr_page_ins = vcpu_get_stat(vcpu, "page_in");
-		interrupt_access(what);
-		nr_page_ins = vcpu_get_stat(vcpu, "page_in") - nr_page_ins;
-
-		/* All attempts without kvm->srcu, then one with kvm->srcu held. */
-		expected = i % (KVM_PAGE_IN_MAX_ATTEMPTS + 1) < KVM_PAGE_IN_MAX_ATTEMPTS;
-		TEST_ASSERT(nr_page_ins == expected,
-			    "%s: round %d: expected %d page-ins without kvm->srcu, got %lu",
-			    what, i, expected, nr_page_ins);
-	}
-
-	make_access(what);
-}
-
-TEST_F(latency, unlucky)
-{
-	test_unlucky("unlucky", false);
-}
-
-TEST_F(latency, unlucky_code_unmapped)
-{
-	test_unlucky("unlucky, code unmapped", true);
+	nr_page_ins = vcpu_get_stat(vcpu, "page_in") - nr_page_ins;
+	nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
+	TEST_ASSERT(nr_page_ins == 1, "expected page_in to increase by 1, got %lu", nr_page_ins);
+	TEST_ASSERT(nr_faults == NR_FAULTS, "expected %s to increase by %d, got %lu",
+		    FAULT_STAT, NR_FAULTS, nr_faults);
 }
 
 /* If the guest has accessed the page, take that away and start a new access. */
@@ -736,10 +738,9 @@ int main(int argc, char *argv[])
 	}
 	TEST_ASSERT(nr_changes > 0 && nr_rounds > 0, "-i and -r must be greater than 0");
 
-	TEST_ASSERT(signal(SIGUSR1, do_nothing) != SIG_ERR, "signal(): errno %d", errno);
-
 	if (perf) {
 		set_up();
+		use_anonymous_data();
 		measure();
 		tear_down();
 		return 0;

@@ -1175,6 +1175,29 @@ TEST(pending_upcall)
 	xen_vm_free(x);
 }
 
+/*
+ * When EFER.SVME is cleared, KVM looks for interrupts, and thus at vcpu_info, whose
+ * page it has to look up again.  On a debug kernel, this finds a use of memslots
+ * outside of kvm->srcu.
+ */
+TEST(set_sregs_svme)
+{
+	struct xen_vm *x;
+	struct kvm_sregs sregs;
+
+	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_SVM));
+	x = xen_vm_create_with_vcpu_info(guest_nothing);
+	set_vector(x, true, UPCALL_VECTOR);
+
+	vcpu_sregs_get(x->vcpus[0], &sregs);
+	sregs.efer |= EFER_SVME;
+	vcpu_sregs_set(x->vcpus[0], &sregs);
+	make_absent(x, VCPU_INFO_PAGE);
+	sregs.efer &= ~EFER_SVME;
+	vcpu_sregs_set(x->vcpus[0], &sregs);
+	xen_vm_free(x);
+}
+
 static void guest_halt(void)
 {
 	for (;;)
