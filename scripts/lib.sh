@@ -125,12 +125,13 @@ use_arch() {
 # use_machine ARCH NAME: the environment that scripts/boot takes for a machine of
 # scripts/machines.tsv
 use_machine() {
-	local row accel cpus append
+	local row accel cpus append extra
 	row=$(table machine "$1" "$2")
-	IFS=$'\t' read -r accel cpus append <<< "$row"
+	IFS=$'\t' read -r accel cpus append extra <<< "$row"
 	[[ $accel = - ]] || export ACCEL=$accel
 	[[ $cpus = - ]] || export CPUS=$cpus
 	[[ $append = - ]] || export APPEND="$append ${APPEND:-}"
+	[[ $extra = - ]] || export EXTRA="$extra ${EXTRA:-}"
 }
 
 # test_files LIST DIR: the programs of DIR that the tests of LIST run, as scripts/boot

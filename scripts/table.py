@@ -8,7 +8,8 @@ results.
 
   check                      check all tables; other commands check those that they read
   unlisted ARCH              print the selftests on standard input that tests.tsv lacks
-  machine ARCH NAME          print accel, CPUs and kernel parameters of a machine
+  machine ARCH NAME          print accel, CPUs, kernel parameters and QEMU's arguments of a
+                             machine
   machines ARCH CHOICE       print the machines that the chosen tests run on
   select ARCH MACHINE CHOICE print the chosen tests of a machine, for scripts/boot; the
                              word SEED among their arguments becomes $SEED (default 1)
@@ -44,7 +45,7 @@ WHEN = ("run", "debug", "slow", "soak")
 HERE = os.path.dirname(os.path.abspath(__file__))
 BENCH_SECONDS = 1800	# the longest that a test may take to measure
 
-Machine = namedtuple("Machine", "machine arch accel cpus append like")
+Machine = namedtuple("Machine", "machine arch accel cpus append qemu like")
 Test = namedtuple("Test", "feature test arch when machine seconds args reason")
 Figure = namedtuple("Figure", "feature figure arch machine unit test args key goal")
 Result = namedtuple("Result", "test result seconds why")
@@ -107,6 +108,7 @@ class Tables:
 	def check_machine(self, row):
 		self.check_arch(row)
 		self.expect(row.accel in ("-", "tcg", "turns", "icount", "kvm", "bochs"), f"no such accel: {row.accel}")
+		self.expect(row.qemu == "-" or row.accel != "bochs", "Bochs has no use for arguments of QEMU")
 		self.expect(row.cpus == "-" or number(row.cpus, 1, 64), f"cpus must be 1 to 64, not {row.cpus}")
 		for arch in arches(row):
 			self.expect((arch, row.machine) not in self.machines, f"{row.machine} twice for {arch}")
@@ -211,7 +213,7 @@ def unlisted(args):
 
 
 def machine(args):
-	print(*Tables().machine(args.arch, args.name)[2:5], sep="\t")
+	print(*Tables().machine(args.arch, args.name)[2:6], sep="\t")
 
 
 def machines(args):

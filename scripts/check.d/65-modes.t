@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # The selftests pass on the patched kernel also on machines that are like others in
-# machines.tsv: other modes of KVM.
+# machines.tsv: other modes of KVM, and GICv4.
 #
 # One machine of each architecture, another one when the series changes; all with
 # MODES=all.
