@@ -329,8 +329,10 @@ static void set_up(void)
 
 static void use_anonymous_data(void)
 {
-	use_data(mmap(NULL, page_size, PROT_READ | PROT_WRITE,
-			   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0), page_size);
+	void *mem = mmap(NULL, page_size, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	use_data(mem, page_size);
 }
 
 static void tear_down(void)
@@ -425,9 +427,9 @@ TEST_F(latency, wait)
 TEST_F(backing, shmem)
 {
 	int fd = kvm_memfd_alloc(page_size, false);
+	void *mem = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
 
-	use_data(mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0),
-		      page_size);
+	use_data(mem, page_size);
 	test_wait();
 }
 
