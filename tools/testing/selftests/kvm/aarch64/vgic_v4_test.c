@@ -1029,6 +1029,20 @@ TEST_F(vgic_v4, route)
 	check_vlpi("first route, irqfd assigned again", LPI, 0);
 }
 
+/* An irqfd without a route is not forwarded by the route that it had before. */
+TEST_F(vgic_v4, route_removed)
+{
+	kvm_gsi_routing_write(vm, kvm_gsi_routing_create());
+	check_refused("no route");
+	disable_msi();
+	enable_msi();
+	check_refused("no route, MSI enabled again");
+	set_route(EVENT);
+	check_software("route again", LPI, 0);
+	forward_again();
+	check_vlpi("route again, irqfd assigned again", LPI, 0);
+}
+
 /* The irqfd, its route and the MSI change while the device raises the MSI. */
 TEST_F(vgic_v4, firing)
 {
