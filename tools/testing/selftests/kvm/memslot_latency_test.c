@@ -55,7 +55,7 @@
  * Much longer than a change takes even on a slow machine.  A change that is not
  * complete by then must be waiting for the vCPU.
  */
-#define TIMEOUT_SECONDS		20
+#define TIMEOUT_SECONDS		10
 
 /* Longer than a change takes that does not wait for a page. */
 #define NO_WAIT_MS		500
@@ -569,8 +569,9 @@ static void make_access(const char *what)
 }
 
 /*
- * On x86, pf_taken counts the faults.  On arm64, the guest has nothing else to exit
- * for than the fault and the ucall.
+ * On x86, pf_taken counts the faults.  On arm64, the guest exits for the fault and for
+ * the ucall, and interrupts of the host add exits by chance: a few accesses are made,
+ * and the one with the fewest exits counts.
  */
 #ifdef __x86_64__
 #define FAULT_STAT	"pf_taken"
@@ -579,23 +580,32 @@ static void make_access(const char *what)
 #define FAULT_STAT	"exits"
 #define NR_FAULTS	2
 #endif
+#define NR_ACCESSES	5
 
 TEST_F(latency, once)
 {
-	uint64_t nr_faults, nr_page_ins;
+	uint64_t nr_faults, nr_page_ins, min_faults = UINT64_MAX;
+	int i;
 
 	/* Map what else the guest accesses, and open the statistics. */
 	make_access("first access");
-	nr_page_ins = vcpu_get_stat(vcpu, "page_in");
-	nr_faults = vcpu_get_stat(vcpu, FAULT_STAT);
+	vcpu_get_stat(vcpu, "page_in");
+	vcpu_get_stat(vcpu, FAULT_STAT);
 
-	make_access("once");
-
-	nr_page_ins = vcpu_get_stat(vcpu, "page_in") - nr_page_ins;
-	nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
-	TEST_ASSERT(nr_page_ins == 1, "expected page_in to increase by 1, got %lu", nr_page_ins);
-	TEST_ASSERT(nr_faults == NR_FAULTS, "expected %s to increase by %d, got %lu",
-		    FAULT_STAT, NR_FAULTS, nr_faults);
+	for (i = 0; i < NR_ACCESSES; i++) {
+		nr_page_ins = vcpu_get_stat(vcpu, "page_in");
+		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT);
+		make_access("once");
+		nr_page_ins = vcpu_get_stat(vcpu, "page_in") - nr_page_ins;
+		nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
+		TEST_ASSERT(nr_page_ins == 1, "expected page_in to increase by 1, got %lu",
+			    nr_page_ins);
+		if (nr_faults < min_faults)
+			min_faults = nr_faults;
+	}
+	TEST_ASSERT(min_faults == NR_FAULTS,
+		    "expected %s to increase by %d at least once in %d accesses, got %lu or more",
+		    FAULT_STAT, NR_FAULTS, NR_ACCESSES, min_faults);
 }
 
 /* If the guest has accessed the page, take that away and start a new access. */

@@ -695,17 +695,36 @@ static void run_on_cpu(int cpu)
 /* Threads */
 
 static bool stop_threads;
+static pthread_t raiser;
+static uint64_t nr_raised;
 
 static void *raise_thread(void *arg)
 {
-	uint64_t nr = 0;
-
 	run_on_cpu(1);
 	while (!READ_ONCE(stop_threads)) {
 		raise_msi();
-		WRITE_ONCE(*(uint64_t *)arg, ++nr);
+		WRITE_ONCE(nr_raised, nr_raised + 1);
 	}
 	return NULL;
+}
+
+static void start_raising(void)
+{
+	stop_threads = false;
+	raiser = start_thread(raise_thread, NULL);
+}
+
+static void stop_raising(void)
+{
+	WRITE_ONCE(stop_threads, true);
+	join_thread(raiser, "MSIs");
+}
+
+static void wait_for_raised(uint64_t nr)
+{
+	uint64_t seen = READ_ONCE(nr_raised);
+
+	wait_for(READ_ONCE(nr_raised) > seen + nr);
 }
 
 static void *vcpu_thread(void *arg)
@@ -1043,32 +1062,37 @@ TEST_F(vgic_v4, route_removed)
 	check_vlpi("route again, irqfd assigned again", LPI, 0);
 }
 
-/* The irqfd, its route and the MSI change while the device raises the MSI. */
+/*
+ * The irqfd, its route and the MSI change while the device raises the MSI.
+ *
+ * Not while VFIO disables the MSI: the host clears the message when it frees the
+ * interrupt, and disables the MSI in the device after that.  What the device writes
+ * in between is a fault of the SMMU, and reporting an endless stream of these is all
+ * that the host does from then on.
+ */
 TEST_F(vgic_v4, firing)
 {
-	uint64_t nr_raised = 0;
-	pthread_t thread;
 	int i;
 
-	stop_threads = false;
-	thread = start_thread(raise_thread, &nr_raised);
 	for (i = 0; i < 20; i++) {
-		uint64_t seen = READ_ONCE(nr_raised);
-
+		start_raising();
 		deassign_irqfd();
 		run_vcpu(vcpus[1], guest_discard_mapti);
 		assign_irqfd();
 		run_vcpus();
 		set_route(i % 2 ? EVENT : EVENT_OTHER);
 		run_vcpus();
+		wait_for_raised(0);
+		stop_raising();
+
 		disable_msi();
+		start_raising();
 		run_vcpu(vcpus[1], guest_movi);
 		enable_msi();
 		run_vcpus();
-		wait_for(READ_ONCE(nr_raised) > seen);
+		wait_for_raised(0);
+		stop_raising();
 	}
-	WRITE_ONCE(stop_threads, true);
-	join_thread(thread, "MSIs");
 
 	set_route(EVENT);
 	run_vcpu(vcpus[1], guest_discard_mapti);
@@ -1141,18 +1165,12 @@ TEST_F(vgic_v4, destroy)
 /* The same while the device raises the MSI */
 TEST_F(vgic_v4, destroy_firing)
 {
-	uint64_t nr_raised = 0, seen;
-	pthread_t thread;
-
-	stop_threads = false;
-	thread = start_thread(raise_thread, &nr_raised);
-	wait_for(READ_ONCE(nr_raised) > 10);
+	start_raising();
+	wait_for_raised(10);
 	destroy_vm();
 	vm = NULL;
-	seen = READ_ONCE(nr_raised);
-	wait_for(READ_ONCE(nr_raised) > seen + 10);
-	WRITE_ONCE(stop_threads, true);
-	join_thread(thread, "MSIs");
+	wait_for_raised(10);
+	stop_raising();
 	disable_msi();
 }
 
