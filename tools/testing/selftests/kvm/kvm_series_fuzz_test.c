@@ -9,7 +9,8 @@
  * - each call returns, and in particular each change of the memslots;
  * - no thread stays in uninterruptible sleep;
  * - each VM can be destroyed, also by SIGKILL while all of its threads are busy;
- * - the kernel has as much memory as before when the VMs are gone.
+ * - the kernel has as much memory as before when the VMs are gone.  That is the memory
+ *   of the whole machine, so nothing else should run on it.
  *
  * The kernel's own checks (KASAN, lockdep, warnings) find the rest.
  *
@@ -27,9 +28,13 @@
  * The parent watches the calls of the child in shared memory and reports the one that
  * does not return, with its arguments and the kernel stacks of all threads.
  *
- * The seed determines the choices of each thread and of each vCPU of the guest, but not
- * how they interleave.  The seed of a round is that of the test plus the number of the
- * round: "-s SEED+n -r 1" repeats round n.
+ * The seed determines the random numbers of each thread and of each vCPU of the guest.
+ * What comes of them also depends on how the threads interleave, and on the compiler,
+ * which orders the choices of an expression.  The seed of a round is that of the test plus
+ * the number of the round: "-s SEED+n -r 1" repeats round n with the same numbers.
+ *
+ * A test that does nothing finds nothing: it fails if the guests did not get on, if no page
+ * was provided, or if a call that was made often never had success.
  *
  * The other cases are short sequences that once were bugs, of the kind that the fuzzer
  * looks for.  They show that its checks find such bugs.  The fuzzer found that of the case
@@ -45,6 +50,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -105,7 +111,7 @@
 static uint64_t seed;
 static unsigned int budget_secs = 5;
 static unsigned int max_rounds;
-static unsigned int bound_secs = 60;
+static unsigned int bound_secs = 20;
 static bool verbose;
 
 /*
@@ -158,6 +164,8 @@ static struct shared {
 	struct thread threads[NR_THREADS];
 	struct op_count counts[MAX_OPS];
 	uint64_t exits[NR_EXIT_REASONS];
+	uint64_t guest_ops;
+	uint64_t pages_provided;
 	uint64_t round_seed;
 	uint64_t rounds;
 	bool kills_itself;
@@ -470,15 +478,18 @@ static void create_window(struct thread *t)
 static void op_set_regions(struct thread *t)
 {
 	struct regions r = {};
-	int i, nr;
+	int i;
 
-	nr = one_in(t, 16) ? 120 + rnd(t, 11) : rnd(t, 6);
-	for (i = 0; i < nr; i++)
-		r.entries[i] = random_region(t);
-	r.head.nent = one_in(t, 32) ? wild(t) : nr;
+	if (one_in(t, 32))
+		r.head.nent = wild(t);
+	else
+		r.head.nent = one_in(t, 16) ? 120 + rnd(t, 11) : rnd(t, 6);
 	/* The entries have to be in the structure. */
 	if (r.head.nent > ARRAY_SIZE(r.entries))
 		r.head.nent |= BIT(20);
+	/* An entry that is not set would delete slot 0, which has the guest's code. */
+	for (i = 0; i < ARRAY_SIZE(r.entries) && i < r.head.nent; i++)
+		r.entries[i] = random_region(t);
 	r.head.as_id = one_in(t, 32) ? wild(t) : 0;
 	r.head.flags = one_in(t, 32) ? wild(t) : 0;
 	set_regions(t, &r);
@@ -1916,7 +1927,7 @@ static void *vcpu_fn(void *arg)
 {
 	struct thread *t = begin_thread(arg);
 	struct kvm_vcpu *vcpu = vcpus[t->nr];
-	uint64_t *ops, last = 0;
+	uint64_t *ops, now, last = 0;
 	unsigned int idle = MAX_IDLE_RUNS;
 
 	ops = addr_gva2hva(vm, (vm_vaddr_t)&guest_ops[t->nr]);
@@ -1931,8 +1942,10 @@ static void *vcpu_fn(void *arg)
 		}
 		run_vcpu(t, vcpu);
 		complete_exit(t, vcpu->run);
-		idle = READ_ONCE(*ops) == last ? idle + 1 : 0;
-		last = READ_ONCE(*ops);
+		now = READ_ONCE(*ops);
+		idle = now == last ? idle + 1 : 0;
+		__atomic_fetch_add(&shared->guest_ops, now - last, __ATOMIC_RELAXED);
+		last = now;
 	}
 	return end_thread(t);
 }
@@ -2052,6 +2065,8 @@ static bool provide_page(struct thread *t, uint64_t address)
 		ret = CALL(t, uffd, UFFDIO_ZEROPAGE, &zero, address);
 	if (ret && errno == EAGAIN)
 		return false;
+	if (!ret)
+		count(&shared->pages_provided);
 	/* It is there already, or no more mapped: let the access find that out. */
 	if (ret)
 		CALL(t, uffd, UFFDIO_WAKE, &range, address);
@@ -2332,19 +2347,25 @@ static bool sleeps_too_long(pid_t pid, pid_t tid)
 {
 	struct sleeper *s = NULL;
 	unsigned long switches;
+	bool sleeps = task_state(pid, tid, &switches) == 'D';
 	int i;
 
-	if (task_state(pid, tid, &switches) != 'D')
-		return false;
 	for (i = 0; i < ARRAY_SIZE(sleepers); i++) {
-		if (sleepers[i].tid == tid && sleepers[i].switches == switches)
-			return now_ns() - sleepers[i].since_ns > bound_secs * NSEC_PER_SEC;
-		/* The oldest entry is that of a thread that has gone on. */
-		if (!s || sleepers[i].since_ns < s->since_ns)
+		if (sleepers[i].tid == tid) {
+			s = &sleepers[i];
+			break;
+		}
+		if (!s && !sleepers[i].tid)
 			s = &sleepers[i];
 	}
-	*s = (struct sleeper){ tid, switches, now_ns() };
-	return false;
+	/* There are fewer threads than entries. */
+	if (!s)
+		return false;
+	if (!sleeps)
+		*s = (struct sleeper){};
+	else if (s->tid != tid || s->switches != switches)
+		*s = (struct sleeper){ tid, switches, now_ns() };
+	return sleeps && now_ns() - s->since_ns > bound_secs * NSEC_PER_SEC;
 }
 
 static void __printf(2, 3) report(pid_t child, const char *fmt, ...)
@@ -2418,6 +2439,8 @@ static void run_child(void (*fn)(uint64_t round_seed, uint64_t ns), uint64_t rou
 	child = fork();
 	TEST_ASSERT(child >= 0, "fork(): %s", strerror(errno));
 	if (!child) {
+		/* Do not outlive the process that watches. */
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 		fn(round_seed, ns);
 		_exit(0);
 	}
@@ -2503,6 +2526,25 @@ static void print_counts(void)
 	}
 }
 
+/* What is called so often has success at least once. */
+#define CALLED_OFTEN	500
+
+static void check_progress(void)
+{
+	int i;
+
+	TEST_ASSERT(shared->rounds, "expected at least one round in %u s", budget_secs);
+	TEST_ASSERT(shared->guest_ops, "expected the guests to get on, in %lu rounds",
+		    shared->rounds);
+	TEST_ASSERT(shared->pages_provided, "expected pages to be provided, in %lu rounds",
+		    shared->rounds);
+	for (i = 0; i < NR_RANDOM_OPS; i++)
+		TEST_ASSERT(shared->counts[i].successes ||
+			    shared->counts[i].calls < CALLED_OFTEN,
+			    "%s: expected success in some of %lu calls, got none",
+			    get_op(i)->name, shared->counts[i].calls);
+}
+
 TEST(random_calls)
 {
 	uint64_t start = now_ns(), end = start + budget_secs * NSEC_PER_SEC, calls = 0;
@@ -2518,16 +2560,18 @@ TEST(random_calls)
 			read_meminfo(before);
 		/* A quarter of the rounds is longer. */
 		run_child(run_round, seed + shared->rounds,
-			  (shared->rounds % 4 ? 500 : 1500) * 1000000ull);
+			  ((seed + shared->rounds) % 4 ? 500 : 1500) * 1000000ull);
 		shared->rounds++;
 	}
 	if (shared->rounds > WARM_UP_ROUNDS && is_memory_measurable())
 		check_memory("after all rounds", before, MEMORY_BOUND);
 	for (i = 0; i < NR_OPS; i++)
 		calls += shared->counts[i].calls;
-	pr_info("# seed %lu: %lu rounds, %lu calls\n", seed, shared->rounds, calls);
+	pr_info("# seed %lu: %lu rounds, %lu calls, %lu of guests, %lu pages provided\n", seed,
+		shared->rounds, calls, shared->guest_ops, shared->pages_provided);
 	if (verbose)
 		print_counts();
+	check_progress();
 }
 
 /*
@@ -2681,6 +2725,7 @@ static void guest_apf_refused(uint64_t apf_gpa)
 	wrmsr(MSR_KVM_ASYNC_PF_INT, APF_VECTOR);
 	vector = wrmsr_safe(MSR_KVM_ASYNC_PF_EN, APF_INVALID_GPA | KVM_ASYNC_PF_ENABLED |
 			    KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT);
+	GUEST_ASSERT_1(!rdmsr(MSR_KVM_ASYNC_PF_EN), rdmsr(MSR_KVM_ASYNC_PF_EN));
 	asm volatile("sti");
 	READ_ONCE(*(uint64_t *)APF_DATA_GPA);
 	GUEST_SYNC(vector);
@@ -2894,6 +2939,7 @@ static void help(void)
 
 int main(int argc, char *argv[])
 {
+	char timeout[16];
 	int opt;
 
 	seed = time(NULL);
@@ -2920,6 +2966,10 @@ int main(int argc, char *argv[])
 			exit(opt == 'h' ? 0 : 1);
 		}
 	}
+
+	/* Cases may take their time, and the watching process has to outlive them. */
+	snprintf(timeout, sizeof(timeout), "%u", budget_secs + 3 * bound_secs + 30);
+	setenv("TEST_TIMEOUT", timeout, 0);
 
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
 	pr_info("# seed %lu\n", seed);
