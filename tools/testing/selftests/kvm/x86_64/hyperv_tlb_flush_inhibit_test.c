@@ -1432,7 +1432,7 @@ static void wait_progress(uint64_t *count, uint64_t from,
 		   WAIT_LIMIT_SECS);
 }
 
-static uint64_t nr_blocks(struct test_vm *t)
+static uint64_t flushers_blocked(struct test_vm *t)
 {
 	uint64_t blocks = 0;
 	int f;
@@ -1459,7 +1459,7 @@ TEST(race)
 	test_vm_create(&t, vp_maps[0], guest_racer);
 
 	/* Open the statistics, which is not possible during KVM_RUN. */
-	nr_blocks(&t);
+	flushers_blocked(&t);
 
 	for (f = 0; f < NR_FLUSHERS; f++) {
 		set_plain_flush(&t, f, BIT(TARGET));
@@ -1478,7 +1478,7 @@ TEST(race)
 	span = 4 * max(span, 1000ul);
 
 	start_ns = now_ns();
-	for (i = 0; i < toggles || !nr_blocks(&t); i++) {
+	for (i = 0; i < toggles || !flushers_blocked(&t); i++) {
 		TEST_ASSERT(i < toggles ||
 			    now_ns() - start_ns < WAIT_LIMIT_SECS * NSEC_PER_SEC,
 			    "No flush was blocked in %lu toggles", i);
@@ -1505,7 +1505,7 @@ TEST(race)
 		runner_join_sync(&t.runners[f], 0);
 
 	pr_info("%lu toggles, %lu flushes, %lu times blocked\n", i,
-		t.ctx[0]->count + t.ctx[1]->count, nr_blocks(&t));
+		t.ctx[0]->count + t.ctx[1]->count, flushers_blocked(&t));
 	kvm_vm_free(t.vm);
 }
 
