@@ -8,9 +8,9 @@ src=$("$TOP/scripts/src" patched)
 cd "$src" || exit
 mapfile -t patches < "$PATCHES/series"
 
-# Findings that are right as they are, in all patches: the tree has one commit for the
-# base, so no hash of upstream is known in it; and MAINTAINERS has patterns for new files,
-# as the check of it proves.
+# False positives in all patches.  The base is a single commit in this tree, so git does not
+# know any upstream commit ID.  MAINTAINERS has patterns for all new files, as
+# our_maintainers() checks.
 everywhere="UNKNOWN_COMMIT_ID FILE_PATH_CHANGES"
 info=$("$TOP/scripts/patch-info")
 

@@ -1,11 +1,11 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The selftests pass on the patched kernel also with VMX, in other modes of KVM, and with
-# GICv4: those that tests.tsv lists for modes, and those of machines that others in
-# machines.tsv are like.
+# Selftests pass on the patched kernel with VMX, with nVHE and protected mode, and with
+# GICv4.  Each machine runs the tests that tests.tsv lists for it with "modes", and the "run"
+# tests of the machine that its field "like" in machines.tsv names.
 #
-# One machine of each architecture, both at once, another one when the series changes;
-# all with MODES=all.
+# Use one machine of each architecture, selected by a hash of the series, or all machines
+# with MODES=all.  They run at the same time.
 . "$(dirname "$0")/tap.sh"
 
 tip=$("$TOP/scripts/apply" "$BUILD/tree")

@@ -263,6 +263,32 @@ ok "a test that fails, or is skipped only on the patched kernel, is red" bad_res
 ok "an unknown machine is an error" unknown_machine
 ok "an unknown test is an error" unknown_test
 
+# Mutants.
+# mutates LINE: the kinds of mutants of this line of code
+mutates() {
+	local repo=$work/mutants
+	rm -rf "$repo"
+	git init -q "$repo"
+	printf 'static int f(int a)\n{\n\t%s\n}\n' "$1" > "$repo/f.c"
+	git -C "$repo" add f.c
+	as_series git -C "$repo" commit -qm f
+	say f.c | "$TOP/scripts/mutants.py" "$repo" 1 1 "$(git -C "$repo" rev-parse HEAD)" | cut -f 1-4 | xargs
+}
+mutants_of_lines() {
+	[[ $(mutates 'kick(a);') = "f.c 3 f drop" ]]
+	[[ $(mutates 'a = g(a) + 1;') = "f.c 3 f "@(drop|off) ]]
+	[[ $(mutates 'if (ready)') = "f.c 3 f "@(never|always) ]]
+	[[ $(mutates 'return a < b;') = "f.c 3 f bound" ]]
+	[[ $(mutates 'return a && b;') = "f.c 3 f logic" ]]
+	[[ $(mutates 'return -EINVAL;') = "f.c 3 f success" ]]
+	[[ $(mutates 'return true;') = "f.c 3 f bool" ]]
+	[[ ! $(mutates 'spin_lock(&a->lock);') ]]
+	[[ ! $(mutates 'return 0;') ]]
+}
+unknown_mutants() { fails_with "no topic 'nothing'" "$TOP/scripts/mutants" nothing; }
+ok "each kind of line has its mutants" mutants_of_lines
+ok "mutants of an unknown topic are an error" unknown_mutants
+
 # A project of its own, so that nothing here can harm the real one.
 copy=$work/project
 project() {
