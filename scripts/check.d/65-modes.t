@@ -9,18 +9,11 @@
 . "$(dirname "$0")/tap.sh"
 
 tip=$("$TOP/scripts/apply" "$BUILD/tree")
-for arch in $ARCHES; do
-	mapfile -t machines < <(table machines "$arch" --when modes)
-	((${#machines[@]})) || continue
+machines_of() {
+	local machines
+	mapfile -t machines < <(table machines "$1" --when modes)
 	[[ ${MODES:-} = all ]] || machines=("${machines[16#${tip::7} % ${#machines[@]}]}")
-	for machine in "${machines[@]}"; do
-		"$TOP/scripts/run-tests" patched "$arch" plain modes "$machine" \
-			> "$work/$arch-plain-modes-$machine" 2>&1 || :
-	done < /dev/null &
-done
-wait
-for said in "$work/"*; do
-	run=${said##*/}
-	results "${run##*-} ${run%%-*}" "$OUT/patched-$run" "$said"
-done
+	printf '%s\n' "${machines[@]}"
+}
+run_machines plain modes
 done_testing

@@ -63,6 +63,23 @@ results() {
 	done < "$2/results.tsv"
 }
 
+# run_machines FLAVOUR WHEN: the tests for WHEN on the patched kernel, on the machines that
+# machines_of ARCH prints, both architectures at the same time; a point for each test
+run_machines() {
+	local arch machine said run
+	for arch in $ARCHES; do
+		for machine in $(machines_of "$arch"); do
+			"$TOP/scripts/run-tests" patched "$arch" "$1" "$2" "$machine" \
+				> "$work/$arch-$1-$2-$machine" 2>&1 || :
+		done < /dev/null &
+	done
+	wait
+	for said in "$work/"*"-$1-$2-"*; do
+		run=${said##*/}
+		results "$1 ${run##*-} ${run%%-*}" "$OUT/patched-$run" "$said"
+	done
+}
+
 # plain_am DIR PATCH...: a work tree DIR with the patches on the base, applied by what a
 # user types, with a user's identity
 plain_am() {
