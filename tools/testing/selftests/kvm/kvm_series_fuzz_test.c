@@ -36,9 +36,9 @@
  * A test that does nothing finds nothing: it fails if the guests did not get on, if no page
  * was provided, or if a call that was made often never had success.
  *
- * The other cases are short sequences that once were bugs, of the kind that the fuzzer
- * looks for.  They show that its checks find such bugs.  The fuzzer found that of the case
- * apf_refused by itself.
+ * The other cases are short sequences that trigger known bugs of the kind that the fuzzer
+ * looks for.  apf_ack_memslot and lpi_unmap_memory show that its checks detect such bugs.
+ * The other cases check the result themselves.  random_calls found the bug of apf_refused.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <dirent.h>
@@ -56,11 +56,11 @@
 #include <time.h>
 
 #include <linux/sizes.h>
-#include <linux/userfaultfd.h>
 
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "uffd.h"
 
 #ifdef __x86_64__
 #include <asm/kvm_para.h>
@@ -2077,8 +2077,9 @@ static bool provide_page(struct thread *t, uint64_t address)
 }
 
 /*
- * Provides missing pages.  The calls of other threads decide when, so that they meet
- * accesses that wait; but if there are few, because all wait for pages, polls do.
+ * Provides each missing page after a random number of calls by the other threads, so that
+ * these calls run while an access waits for the page.  If all threads wait for pages, no
+ * calls are made.  Therefore a random number of polls ends the wait as well.
  */
 static void *uffd_fn(void *arg)
 {
@@ -2136,18 +2137,14 @@ static void create_memory(void)
 
 static void create_uffd(void)
 {
-	struct uffdio_api api = { .api = UFFD_API };
 	struct uffdio_register reg = {
-		.range = { (uintptr_t)anon_mem + FIRST_UFFD_PAGE * PAGE_BYTES,
+		.range = { (uintptr_t)shmem + FIRST_UFFD_PAGE * PAGE_BYTES,
 			   UFFD_PAGES * PAGE_BYTES },
 		.mode = UFFDIO_REGISTER_MODE_MISSING,
 	};
 
-	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	__TEST_REQUIRE(uffd >= 0, "no userfaultfd");
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api) && !ioctl(uffd, UFFDIO_REGISTER, &reg),
-		    "userfaultfd: %s", strerror(errno));
-	reg.range.start = (uintptr_t)shmem + FIRST_UFFD_PAGE * PAGE_BYTES;
+	uffd = uffd_register(anon_mem + FIRST_UFFD_PAGE * PAGE_BYTES,
+			     UFFD_PAGES * PAGE_BYTES, 0);
 	/* Not all kernels can do that for shmem. */
 	ioctl(uffd, UFFDIO_REGISTER, &reg);
 }
@@ -2527,8 +2524,8 @@ static void print_counts(void)
 }
 
 /*
- * What is called so often has success at least once.  The rarest success is that of one
- * call in a hundred.
+ * A function called this many times must have succeeded at least once.  Of all functions,
+ * the one that succeeds least often does so once in a hundred calls.
  */
 #define CALLED_OFTEN	2000
 

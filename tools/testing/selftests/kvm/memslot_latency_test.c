@@ -27,17 +27,16 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <linux/sizes.h>
-#include <linux/userfaultfd.h>
 
 #include <test_util.h>
 #include <kvm_test_harness.h>
 #include <kvm_util.h>
 #include <processor.h>
+#include <uffd.h>
 
 /* Arbitrarily chosen, above the addresses that the library uses. */
 #define DATA_GPA		SZ_1G
@@ -128,18 +127,8 @@ static void finish_access(const char *what, uint64_t value)
 /* Wait until the vCPU is waiting for its page. */
 static void wait_for_fault(void)
 {
-	struct pollfd p = { .fd = uffd, .events = POLLIN };
-	struct uffd_msg msg;
-	ssize_t n;
+	struct uffd_msg msg = uffd_wait_for_fault(uffd);
 
-	do {
-		poll(&p, 1, -1);
-		n = read(uffd, &msg, sizeof(msg));
-	} while (n < 0 && errno == EAGAIN);
-	TEST_ASSERT(n == sizeof(msg), "read(uffd): expected %zu, got %zd, errno %d",
-		    sizeof(msg), n, errno);
-	TEST_ASSERT(msg.event == UFFD_EVENT_PAGEFAULT, "expected event %d, got %d",
-		    UFFD_EVENT_PAGEFAULT, msg.event);
 	TEST_ASSERT(msg.arg.pagefault.address == (uintptr_t)data,
 		    "expected a fault at %p, got %#llx", data, msg.arg.pagefault.address);
 }
@@ -147,37 +136,17 @@ static void wait_for_fault(void)
 static void provide_page(void)
 {
 	uint64_t *page = aligned_alloc(page_size, data_size);
-	struct uffdio_copy copy = {
-		.dst = (uintptr_t)data,
-		.src = (uintptr_t)page,
-		.len = data_size,
-	};
 
 	TEST_ASSERT(page, "aligned_alloc() failed");
 	memset(page, 0, data_size);
 	*page = DATA_VALUE;
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_COPY, &copy), "UFFDIO_COPY: errno %d", errno);
+	uffd_provide(uffd, data, page, data_size);
 	free(page);
 }
 
 static void drop_page(void)
 {
 	TEST_ASSERT(!madvise(data, data_size, MADV_DONTNEED), "madvise(): errno %d", errno);
-}
-
-static void open_uffd(void)
-{
-	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register reg = {
-		.range = { .start = (uintptr_t)data, .len = data_size },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-
-	/* poll() works only with O_NONBLOCK. */
-	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	__TEST_REQUIRE(uffd >= 0, "no userfaultfd");
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API: errno %d", errno);
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_REGISTER, &reg), "UFFDIO_REGISTER: errno %d", errno);
 }
 
 /*
@@ -309,7 +278,7 @@ static void use_data(void *mem, size_t size)
 	data = mem;
 	data_size = size;
 	set_data_region(size);
-	open_uffd();
+	uffd = uffd_register(data, data_size, 0);
 }
 
 static void set_up(void)

@@ -23,18 +23,17 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <asm/kvm_para.h>
 #include <linux/kvm_para.h>
 #include <linux/sizes.h>
-#include <linux/userfaultfd.h>
 
 #include <test_util.h>
 #include <kvm_util.h>
 #include <processor.h>
+#include <uffd.h>
 #include <apic.h>
 
 /* Arbitrarily chosen, above the addresses that the library uses. */
@@ -172,19 +171,7 @@ static bool is_fault_pending(void)
 /* Wait until a thread waits for the page.  Returns the thread's id. */
 static pid_t wait_for_fault(void)
 {
-	struct pollfd p = { .fd = uffd, .events = POLLIN };
-	struct uffd_msg msg;
-	ssize_t n;
-
-	do {
-		poll(&p, 1, -1);
-		n = read(uffd, &msg, sizeof(msg));
-	} while (n < 0 && errno == EAGAIN);
-	TEST_ASSERT(n == sizeof(msg), "read(uffd): expected %zu, got %zd, errno %d",
-		    sizeof(msg), n, errno);
-	TEST_ASSERT(msg.event == UFFD_EVENT_PAGEFAULT, "expected event %d, got %d",
-		    UFFD_EVENT_PAGEFAULT, msg.event);
-	return msg.arg.pagefault.feat.ptid;
+	return uffd_wait_for_fault(uffd).arg.pagefault.feat.ptid;
 }
 
 /* Wait until KVM's worker, which is not a thread of this process, waits for the page. */
@@ -198,37 +185,17 @@ static void wait_for_worker(void)
 static void provide_page(void)
 {
 	uint64_t *page = aligned_alloc(page_size, page_size);
-	struct uffdio_copy copy = {
-		.dst = (uintptr_t)data,
-		.src = (uintptr_t)page,
-		.len = page_size,
-	};
 
 	TEST_ASSERT(page, "aligned_alloc() failed");
 	memset(page, 0, page_size);
 	*page = DATA_VALUE;
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_COPY, &copy), "UFFDIO_COPY: errno %d", errno);
+	uffd_provide(uffd, data, page, page_size);
 	free(page);
 }
 
 static void drop_page(void)
 {
 	TEST_ASSERT(!madvise(data, page_size, MADV_DONTNEED), "madvise(): errno %d", errno);
-}
-
-static void open_uffd(void)
-{
-	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_THREAD_ID };
-	struct uffdio_register reg = {
-		.range = { .start = (uintptr_t)data, .len = page_size },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-
-	/* poll() works only with O_NONBLOCK. */
-	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	__TEST_REQUIRE(uffd >= 0, "no userfaultfd");
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API: errno %d", errno);
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_REGISTER, &reg), "UFFDIO_REGISTER: errno %d", errno);
 }
 
 /* Let the guest read the page after the interrupt with @token. */
@@ -360,7 +327,7 @@ static void run_tests(void)
 	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
 	set_slot(DATA_SLOT, DATA_GPA, page_size, data);
 	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
-	open_uffd();
+	uffd = uffd_register(data, page_size, UFFD_FEATURE_THREAD_ID);
 
 	vm_init_descriptor_tables(vm);
 	vcpu_init_descriptor_tables(vcpu);

@@ -25,8 +25,6 @@
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <getopt.h>
-#include <linux/userfaultfd.h>
-#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/ioctl.h>
@@ -36,6 +34,7 @@
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "uffd.h"
 #include "apic.h"
 #include "hyperv.h"
 #include "svm_util.h"
@@ -1307,45 +1306,6 @@ TEST(nested)
 	kvm_vm_free(t.vm);
 }
 
-static int uffd_open(void *page)
-{
-	struct uffdio_register reg = {
-		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-	struct uffdio_api api = { .api = UFFD_API };
-	int uffd;
-
-	uffd = syscall(__NR_userfaultfd, O_CLOEXEC);
-	TEST_ASSERT(uffd >= 0, __KVM_SYSCALL_ERROR("userfaultfd()", uffd));
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_API, &api), "UFFDIO_API: errno %d", errno);
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_REGISTER, &reg),
-		    "UFFDIO_REGISTER: errno %d", errno);
-	return uffd;
-}
-
-static void uffd_wait_fault(int uffd)
-{
-	struct pollfd pollfd = { .fd = uffd, .events = POLLIN };
-	struct uffd_msg msg;
-
-	TEST_ASSERT(poll(&pollfd, 1, WAIT_LIMIT_SECS * 1000) == 1,
-		    "No page fault within %d s", WAIT_LIMIT_SECS);
-	TEST_ASSERT(read(uffd, &msg, sizeof(msg)) == sizeof(msg) &&
-		    msg.event == UFFD_EVENT_PAGEFAULT,
-		    "Not a page fault: event %#x, errno %d", msg.event, errno);
-}
-
-static void uffd_resolve(int uffd, void *page)
-{
-	struct uffdio_zeropage zero = {
-		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
-	};
-
-	TEST_ASSERT(!ioctl(uffd, UFFDIO_ZEROPAGE, &zero),
-		    "UFFDIO_ZEROPAGE: errno %d", errno);
-}
-
 static int compare_u64(const void *a, const void *b)
 {
 	uint64_t x = *(uint64_t *)a, y = *(uint64_t *)b;
@@ -1399,7 +1359,7 @@ TEST(page_in)
 	region = memslot2region(t.vm, FAULT_SLOT);
 	gva = FAULT_GPA;
 	virt_pg_map(t.vm, gva, FAULT_GPA);
-	uffd = uffd_open(region->host_mem);
+	uffd = uffd_register(region->host_mem, PAGE_SIZE, 0);
 
 	set_plain_flush(&t, 0, BIT(TARGET));
 	without = release_latency(&t);
@@ -1407,13 +1367,13 @@ TEST(page_in)
 	/* OTHER neither flushes nor is flushed.  It waits for a page. */
 	set_call(t.vcpus[OTHER], guest_toucher, gva);
 	runner_start(&toucher, t.vcpus[OTHER]);
-	uffd_wait_fault(uffd);
+	uffd_wait_for_fault(uffd);
 
 	during = release_latency(&t);
 
 	TEST_ASSERT(!__atomic_load_n(&toucher.done, __ATOMIC_ACQUIRE),
 		    "The page-in has ended before the test ends it");
-	uffd_resolve(uffd, region->host_mem);
+	uffd_provide(uffd, region->host_mem, NULL, PAGE_SIZE);
 	runner_join_sync(&toucher, 0);
 
 	pr_info("From the release to the completion of the flush, median of %lu:\n",

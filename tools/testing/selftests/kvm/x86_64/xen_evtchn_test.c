@@ -15,16 +15,15 @@
 #include <signal.h>
 #include <time.h>
 #include <asm/kvm_para.h>
-#include <linux/userfaultfd.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
-#include <sys/syscall.h>
 
 #include "apic.h"
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "uffd.h"
 #include "xen.h"
 
 /* Arbitrarily chosen, mapped one to one, outside of memslot 0. */
@@ -440,42 +439,6 @@ TEST(absent_pages)
 	xen_vm_free(x);
 }
 
-/* An access to the page waits until uffd_resolve(). */
-static int uffd_create(void *page)
-{
-	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register reg = {
-		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
-		.mode = UFFDIO_REGISTER_MODE_MISSING,
-	};
-	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
-
-	__TEST_REQUIRE(fd >= 0, "userfaultfd() failed: %s", strerror(errno));
-	TEST_ASSERT(!ioctl(fd, UFFDIO_API, &api) && !ioctl(fd, UFFDIO_REGISTER, &reg),
-		    "cannot register with userfaultfd: %s", strerror(errno));
-	return fd;
-}
-
-static void uffd_wait_for_fault(int fd)
-{
-	struct uffd_msg msg;
-
-	TEST_ASSERT(read(fd, &msg, sizeof(msg)) == sizeof(msg) &&
-		    msg.event == UFFD_EVENT_PAGEFAULT,
-		    "no fault from userfaultfd: %s", strerror(errno));
-}
-
-static void uffd_resolve(int fd, void *page)
-{
-	struct uffdio_zeropage zero = {
-		.range = { .start = (uintptr_t)page, .len = PAGE_SIZE },
-	};
-
-	TEST_ASSERT(!ioctl(fd, UFFDIO_ZEROPAGE, &zero),
-		    "UFFDIO_ZEROPAGE failed: %s", strerror(errno));
-	close(fd);
-}
-
 static void *thread_run_to_sync(void *vcpu)
 {
 	return (void *)vcpu_run_to_sync(vcpu);
@@ -515,7 +478,7 @@ TEST(kvm_lock)
 	sync_global_to_guest(x->vm, guest_send_port);
 
 	make_absent(x, SHINFO_PAGE);
-	uffd = uffd_create(shinfo);
+	uffd = uffd_register(shinfo, PAGE_SIZE, 0);
 	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
 	uffd_wait_for_fault(uffd);
 
@@ -526,7 +489,8 @@ TEST(kvm_lock)
 			  "KVM_XEN_HVM_GET_ATTR");
 	ASSERT_EQ(ret, 0);
 
-	uffd_resolve(uffd, shinfo);
+	uffd_provide(uffd, shinfo, NULL, PAGE_SIZE);
+	close(uffd);
 	ASSERT_EQ(join_thread(vcpu, "EVTCHNOP_send"), 0);
 	assert_delivered(x, 8, 1, "hypercall");
 
