@@ -1126,10 +1126,7 @@ TEST(smi)
 	};
 	struct test_vm t;
 
-	if (!kvm_has_cap(KVM_CAP_X86_SMM)) {
-		pr_info("no SMM, not tested\n");
-		return;
-	}
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_X86_SMM));
 
 	test_vm_create(&t, vp_maps[0], guest_flusher);
 	vm_userspace_mem_region_add(t.vm, VM_MEM_SRC_ANONYMOUS, SMRAM_GPA,
@@ -1275,10 +1272,7 @@ TEST(nested)
 	vm_vaddr_t svm_gva, ctx_gva;
 	struct test_vm t;
 
-	if (!kvm_cpu_has(X86_FEATURE_SVM)) {
-		pr_info("no SVM, L2 not tested\n");
-		return;
-	}
+	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_SVM));
 
 	memset(&t, 0, sizeof(t));
 	t.vp_index = vp_maps[0];
