@@ -74,7 +74,7 @@ def blamed(source, path, commits):
 			yield number, text, function, False
 			function = "-"
 			continue
-		yield number, text, function, function != "-" and any(c.startswith(commit) for c in commits)
+		yield number, text, function, function != "-" and commit in commits
 
 
 def main():
