@@ -169,7 +169,6 @@ static struct shared {
 	uint64_t round_seed;
 	uint64_t rounds;
 	bool kills_itself;
-	bool ended;
 } *shared;
 
 /* The child's */

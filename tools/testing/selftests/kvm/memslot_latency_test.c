@@ -556,10 +556,8 @@ TEST_F(latency, once)
 	uint64_t nr_faults, nr_page_ins, min_faults = UINT64_MAX;
 	int i;
 
-	/* Map what else the guest accesses, and open the statistics. */
+	/* Map what else the guest accesses. */
 	make_access("first access");
-	vcpu_get_stat(vcpu, "page_in");
-	vcpu_get_stat(vcpu, FAULT_STAT);
 
 	for (i = 0; i < NR_ACCESSES; i++) {
 		nr_page_ins = vcpu_get_stat(vcpu, "page_in");
