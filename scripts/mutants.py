@@ -61,7 +61,7 @@ def mutants(line):
 
 def blamed(source, path, commits):
 	"""The lines of a file: number, text, function, whether the commits wrote it."""
-	out = subprocess.run(["git", "-C", source, "blame", "-s", "-l", "HEAD", "--", path],
+	out = subprocess.run(["git", "-C", source, "blame", "-s", "-l", "--root", "HEAD", "--", path],
 			     check=True, capture_output=True, text=True).stdout
 	function = "-"
 	for line in out.splitlines():
