@@ -43,6 +43,10 @@ no_verdict() {
 no_boot() {
 	EXTRA=-S BOOT_LIMIT=1 turns_red verdict 'no verdict' x86_64 plain $'10\tv\t/victim pass' && red qemu 'did not boot within 1 s'
 }
+stands_still() {
+	QUIET_LIMIT=5 turns_red verdict 'no verdict' x86_64 plain $'9999\tv\t/victim hang' &&
+		red qemu 'said nothing for 5 s'
+}
 hangs() {
 	turns_red v 'not done after 3 s' x86_64 plain $'3\tv\t/victim hang' &&
 		grep -A 2 '^thread .*(victim) S ' "$work/out/v.log" && grep 'do_syscall_64' "$work/out/v.log"
@@ -93,6 +97,7 @@ ok "a skipping test is a skip, with its reason" skips
 ok "a failing test is red" turns_red v 'exit code 1' x86_64 plain $'10\tv\t/victim fail'
 ok "a missing program is red" turns_red v 'exit code 127' x86_64 plain $'10\tv\t/nothing'
 ok "a crashing test is red" turns_red v 'signal 6' x86_64 plain $'10\tv\t/victim crash'
+ok "a machine that stands still is stopped, and red" stands_still
 ok "a hanging test is red, and where it stands is shown" hangs
 ok "a splat in the log is red" turns_red v 'splat: WARNING:planted' \
 	x86_64 plain $'10\tv\t/victim log WARNING:planted'

@@ -93,6 +93,9 @@ static void guest_code(int id)
 			}
 		}
 		WRITE_ONCE(loops[id], loops[id] + 1);
+#ifdef __x86_64__
+		let_host_interrupt();
+#endif
 	}
 	GUEST_DONE();
 }

@@ -232,6 +232,7 @@ static void guest_masker(uint64_t i, uint64_t first, uint64_t nr)
 			if (clear_masked(&guest_words[port]))
 				GUEST_ASSERT(!event_channel_op(EVTCHNOP_unmask, port));
 			guest_consume(&c, i);
+			let_host_interrupt();
 		}
 	}
 	GUEST_DONE();
@@ -246,7 +247,7 @@ static void guest_sender(uint64_t first, uint64_t nr, uint64_t events)
 		uint32_t port = first + n % nr;
 
 		while (READ_ONCE(guest_handled[port]) < n / nr)
-			asm volatile("pause");
+			let_host_interrupt();
 		GUEST_ASSERT(!event_channel_op(EVTCHNOP_send, port));
 	}
 	GUEST_DONE();

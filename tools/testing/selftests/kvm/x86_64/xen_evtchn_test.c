@@ -1480,7 +1480,7 @@ static void guest_time_timer(void)
 		deadline = pvclock_read(clock) + 100000;
 		xen_hypercall(__HYPERVISOR_set_timer_op, deadline, 0);
 		while (!READ_ONCE(*pending))
-			asm volatile("pause");
+			let_host_interrupt();
 		now = pvclock_read(clock);
 		if (now < deadline && deadline - now > early)
 			early = deadline - now;
