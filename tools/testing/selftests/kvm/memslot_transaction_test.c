@@ -1219,7 +1219,7 @@ static void measure_transactions(void)
 /* Split a slot of which all pages are dirty. */
 static void measure_dirty_slot(void)
 {
-	const size_t size = 512ull << 30;
+	const size_t size = 256ull << 30;
 	uint64_t start;
 	struct kvm_userspace_memory_region slot = {
 		.slot = TEST_SLOT,
