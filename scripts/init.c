@@ -587,6 +587,7 @@ static void clear_cached_stacks(void)
 static void check_leaks(void)
 {
 	static const char path[] = "/sys/kernel/debug/kmemleak";
+	int i;
 
 	if (access(path, F_OK))
 		return;
@@ -594,8 +595,12 @@ static void check_leaks(void)
 	tap("# begin no leak\n");
 	clear_cached_stacks();
 	sleep(6);
-	if (!write_file(path, "scan") || !write_file(path, "scan"))
-		give_up(path);
+	for (i = 0; i < 2; i++) {
+		/* A scan takes long; say that the machine is alive. */
+		tap("# scan\n");
+		if (!write_file(path, "scan"))
+			give_up(path);
+	}
 	point(!show_file(path, ""), "no leak", "");
 }
 
@@ -667,7 +672,7 @@ int main(void)
 
 	wait_for_clock();
 
-	/* No scans beside the tests; see check_leaks(). */
+	/* Do not scan while tests run; check_leaks() scans after them. */
 	write_file("/sys/kernel/debug/kmemleak", "scan=off");
 
 	if (scan_kmsg(splat, sizeof(splat)))

@@ -4,7 +4,7 @@
 # the base, builds, and passes its selftests.
 #
 # All topics are applied.  Building and testing all of them takes more time than make check
-# has, so it does this with one of them, another one when the series changes.  What passed
+# has, so it does this with only one, selected by a hash of the series.  What passed
 # is remembered in build/$BASE/alone, by a hash of everything that it depends on.
 #
 # Environment: ALONE is "all", or the names of the topics to build and test.

@@ -66,9 +66,13 @@ results() {
 # run_machines FLAVOUR WHEN: the tests for WHEN on the patched kernel, on the machines that
 # machines_of ARCH prints, both architectures at the same time; a point for each test
 run_machines() {
-	local arch machine said run
+	local arch machine machines said run
 	for arch in $ARCHES; do
-		for machine in $(machines_of "$arch"); do
+		machines=$(machines_of "$arch") && [[ $machines ]] || {
+			say "not ok $((++points)) - machines of $arch for $2"
+			continue
+		}
+		for machine in $machines; do
 			"$TOP/scripts/run-tests" patched "$arch" "$1" "$2" "$machine" \
 				> "$work/$arch-$1-$2-$machine" 2>&1 || :
 		done < /dev/null &

@@ -47,10 +47,11 @@ TEST(full)
 		ring->last = first;
 		vcpu_run(vcpu);
 
-		/* One more than the ring has room for. */
+		/* The exit is caused by the first write that did not fit. */
 		ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_MMIO);
 		i = (READ_ONCE(ring->last) + max - first) % max;
-		TEST_ASSERT(i == max - 1, "ring from entry %u: expected %u writes before an exit, got %u",
+		TEST_ASSERT(i == max - 1,
+			    "ring from entry %u: expected %u writes before an exit, got %u",
 			    first, max - 1, i);
 		for (i = 0; i < max - 1; i++) {
 			entry = &ring->coalesced_mmio[(first + i) % max];

@@ -974,13 +974,18 @@ TEST_F(transaction, smm)
 
 static void assert_refused(const char *what, struct regions *r, int fail_index)
 {
-	int ret = __set_regions(r);
+	uint64_t before = vm_get_stat(vm, GRACE_PERIODS), n;
+	int ret;
 
+	r->header.fail_index = 0xffff;
+	ret = __set_regions(r);
 	TEST_ASSERT(ret == -1 && errno == EOPNOTSUPP,
 		    "dirty ring, %s: expected errno %d, got %d", what, EOPNOTSUPP, ret ? errno : 0);
 	TEST_ASSERT(r->header.fail_index == fail_index,
 		    "dirty ring, %s: expected fail_index %d, got %u",
 		    what, fail_index, r->header.fail_index);
+	n = vm_get_stat(vm, GRACE_PERIODS) - before;
+	TEST_ASSERT(!n, "dirty ring, %s: expected no grace period, got %lu", what, n);
 	free(r);
 }
 

@@ -8,6 +8,8 @@
  *    KVM_SET_MSRS makes KVM handle it.  KVM then tries to map the page on behalf of an
  *    ioctl other than KVM_RUN.  It must not wait for the page, and changes of memslots
  *    must complete afterwards.
+ *  - read_only: the process may only read the page, but KVM's worker asks for a page that
+ *    can be written to.  The vCPU must get the page itself.
  *
  * The tests run in a child process.  If an ioctl of the child never returns, not even
  * to a fatal signal, the parent reports that.
@@ -317,6 +319,41 @@ static void test_set_msrs(void)
 	finish_access(token);
 }
 
+/* Let the guest read the page. */
+static void *read_worker(void *arg)
+{
+	uint64_t *value = arg;
+	struct ucall uc;
+
+	do {
+		vcpu_run(vcpu);
+		TEST_ASSERT(get_ucall(vcpu, &uc) == UCALL_SYNC,
+			    "expected a ucall, got exit reason %s",
+			    exit_reason_str(vcpu->run->exit_reason));
+	} while (uc.args[1] == PAGE_MISSING);
+	*value = uc.args[2];
+	return NULL;
+}
+
+static void test_read_only(void)
+{
+	pthread_t thread;
+	uint64_t value;
+
+	begin("read_only: wait for the vCPU to ask for the page");
+	drop_page();
+	TEST_ASSERT(!mprotect(data, page_size, PROT_READ), "mprotect(): errno %d", errno);
+	thread = start_thread(read_worker, &value);
+	wait_for_fault();
+	provide_page();
+
+	begin("read_only: wait for the guest");
+	join_thread(thread, "KVM_RUN");
+	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
+	TEST_ASSERT(!mprotect(data, page_size, PROT_READ | PROT_WRITE), "mprotect(): errno %d",
+		    errno);
+}
+
 static void run_tests(void)
 {
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
@@ -338,6 +375,7 @@ static void run_tests(void)
 
 	test_deliver();
 	test_set_msrs();
+	test_read_only();
 	kvm_vm_free(vm);
 }
 
