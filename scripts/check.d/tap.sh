@@ -68,10 +68,10 @@ results() {
 run_machines() {
 	local arch machine machines said run
 	for arch in $ARCHES; do
-		machines=$(machines_of "$arch") && [[ $machines ]] || {
+		if ! machines=$(machines_of "$arch") || [[ ! $machines ]]; then
 			say "not ok $((++points)) - machines of $arch for $2"
 			continue
-		}
+		fi
 		for machine in $machines; do
 			"$TOP/scripts/run-tests" patched "$arch" "$1" "$2" "$machine" \
 				> "$work/$arch-$1-$2-$machine" 2>&1 || :
