@@ -84,21 +84,32 @@ run_machines() {
 	done
 }
 
-# plain_am DIR PATCH...: a work tree DIR with the patches on the base, applied by what a
-# user types, with a user's identity
+# plain_am DIR PATCH...: a repository DIR with those files of the base that the patches
+# touch, and with the patches, applied by what a user types, with a user's identity.  With
+# all files of the base, git would take most of its time to read and write the index.
 plain_am() {
-	local dir=$1
+	local dir=$1 files
 	shift
-	git -C "$BUILD/tree" worktree prune &&
-	git -C "$BUILD/tree" worktree add -q --no-checkout --detach "$dir" base || return
-	git apply --numstat -z "$@" | tr '\0' '\n' | cut -f 3 | sed 's|^|/|' | sort -u |
-		git -C "$dir" sparse-checkout set --no-cone --stdin
-	git -C "$dir" checkout -q
+	mapfile -t files < <(git apply --numstat -z "$@" | tr '\0' '\n' | cut -f 3 | sort -u)
+	rm -rf "$dir"
+	git init -q "$dir"
+	git -C "$BUILD/tree" ls-tree -z --name-only base "${files[@]}" |
+		xargs -0 git -C "$BUILD/tree" archive base -- | tar -x -C "$dir"
+	git -C "$dir" add -f .
+	as_series git -C "$dir" commit -q -m base
 	(cd "$dir" && env -u GIT_CONFIG_GLOBAL -u GIT_CONFIG_NOSYSTEM HOME="$work" \
 		git -c user.name=User -c user.email=user@example.com am "$@")
 }
-# same_tree DIR COMMIT: what is committed in the work tree DIR is the tree of COMMIT
-same_tree() { git -C "$1" diff --exit-code --stat HEAD "$2"; }
+# same_tree DIR COMMIT: what is committed in DIR of plain_am is what COMMIT of the tree has
+# there, and COMMIT changes no other file of the base
+same_tree() {
+	local files
+	mapfile -t files < <(git -C "$1" ls-tree -r --name-only HEAD)
+	diff <(git -C "$1" ls-tree -r HEAD) <(git -C "$BUILD/tree" ls-tree -r "$2" -- "${files[@]}") ||
+		return
+	none < <(git -C "$BUILD/tree" diff --name-only --diff-filter=d base "$2" |
+		grep -vxFf <(printf '%s\n' "${files[@]}"))
+}
 
 # fails_with PATTERN COMMAND...: the command fails, and says why
 fails_with() {
