@@ -1151,7 +1151,9 @@ TEST(set_sregs_svme)
 
 	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_SVM));
 	x = xen_vm_create_with_vcpu_info(guest_nothing);
-	set_vector(x, true, UPCALL_VECTOR);
+	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = UPCALL_VECTOR,
+	}), 0);
 
 	vcpu_sregs_get(x->vcpus[0], &sregs);
 	sregs.efer |= EFER_SVME;
