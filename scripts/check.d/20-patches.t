@@ -63,15 +63,14 @@ tip_repeats() {
 }
 git_am() { plain_am "$work/am" "$PATCHES"/*/*.patch && same_tree "$work/am" "$tip"; }
 quilt_push() {
+	local files f
+	mapfile -t files < <(touched_files "${patches[@]}")
 	mkdir -p "$work/quilt"
-	git apply --numstat -z "${patches[@]}" | tr '\0' '\n' | cut -f 3 | sort -u > "$work/files"
-	mapfile -t files < "$work/files"
-	git -C "$tree" ls-tree -z --name-only base "${files[@]}" |
-		xargs -0 git -C "$tree" archive base -- | tar -x -C "$work/quilt"
+	unpack_base "$work/quilt" "${files[@]}"
 	(cd "$work/quilt" && QUILT_PATCHES=$PATCHES quilt --quiltrc /dev/null push -a)
-	while read -r f; do
+	for f in "${files[@]}"; do
 		cmp <(git -C "$tree" cat-file blob "$tip:$f") "$work/quilt/$f"
-	done < "$work/files"
+	done
 }
 experiments() {
 	local p

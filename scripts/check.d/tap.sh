@@ -84,17 +84,26 @@ run_machines() {
 	done
 }
 
+# touched_files PATCH...: the files that the patches touch, a line each
+touched_files() { git apply --numstat -z "$@" | tr '\0' '\n' | cut -f 3 | sort -u; }
+# unpack_base DIR FILE...: those of the files that the base has
+unpack_base() {
+	local dir=$1
+	shift
+	git -C "$BUILD/tree" ls-tree -z --name-only base "$@" |
+		xargs -0 git -C "$BUILD/tree" archive base -- | tar -x -C "$dir"
+}
+
 # plain_am DIR PATCH...: a repository DIR with those files of the base that the patches
 # touch, and with the patches, applied by what a user types, with a user's identity.  With
 # all files of the base, git would take most of its time to read and write the index.
 plain_am() {
 	local dir=$1 files
 	shift
-	mapfile -t files < <(git apply --numstat -z "$@" | tr '\0' '\n' | cut -f 3 | sort -u)
+	mapfile -t files < <(touched_files "$@")
 	rm -rf "$dir"
 	git init -q "$dir"
-	git -C "$BUILD/tree" ls-tree -z --name-only base "${files[@]}" |
-		xargs -0 git -C "$BUILD/tree" archive base -- | tar -x -C "$dir"
+	unpack_base "$dir" "${files[@]}"
 	git -C "$dir" add -f .
 	as_series git -C "$dir" commit -q -m base
 	(cd "$dir" && env -u GIT_CONFIG_GLOBAL -u GIT_CONFIG_NOSYSTEM HOME="$work" \
