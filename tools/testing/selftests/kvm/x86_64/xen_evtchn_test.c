@@ -1028,6 +1028,13 @@ static int set_upcall_vector(struct kvm_vcpu *vcpu, uint8_t vector)
 	});
 }
 
+static int set_vm_upcall_vector(struct xen_vm *x, uint8_t vector)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+	});
+}
+
 /* Sets the local APIC to its present state, but enabled or disabled by software. */
 static void set_lapic(struct kvm_vcpu *vcpu, bool enabled)
 {
@@ -1044,13 +1051,8 @@ static void set_lapic(struct kvm_vcpu *vcpu, bool enabled)
 /* Sets the vector of the VM, or of the vCPU. */
 static void set_vector(struct xen_vm *x, bool of_vm, uint8_t vector)
 {
-	if (!of_vm) {
-		ASSERT_EQ(set_upcall_vector(x->vcpus[0], vector), 0);
-		return;
-	}
-	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
-	}), 0);
+	ASSERT_EQ(of_vm ? set_vm_upcall_vector(x, vector) :
+			  set_upcall_vector(x->vcpus[0], vector), 0);
 }
 
 /* Does the vCPU's local APIC request the upcall vector? */
@@ -1132,9 +1134,7 @@ TEST(pending_upcall)
 	ASSERT_EQ(vcpu_get_stat(vcpu, "blocking"), 0);
 	thread = start_thread(thread_run_to_sync, vcpu);
 	vcpu_wait_stat(vcpu, "blocking", 1);
-	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = UPCALL_VECTOR,
-	}), 0);
+	ASSERT_EQ(set_vm_upcall_vector(x, UPCALL_VECTOR), 0);
 	join_thread(thread, "KVM_RUN of a halted vCPU");
 	xen_vm_free(x);
 }
@@ -1151,9 +1151,7 @@ TEST(set_sregs_svme)
 
 	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_SVM));
 	x = xen_vm_create_with_vcpu_info(guest_nothing);
-	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = UPCALL_VECTOR,
-	}), 0);
+	ASSERT_EQ(set_vm_upcall_vector(x, UPCALL_VECTOR), 0);
 
 	vcpu_sregs_get(x->vcpus[0], &sregs);
 	sregs.efer |= EFER_SVME;
