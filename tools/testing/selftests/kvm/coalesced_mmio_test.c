@@ -22,25 +22,32 @@ static void guest_code(void)
 		WRITE_ONCE(*(uint64_t *)MMIO_GPA, i);
 }
 
-TEST(full)
+static struct kvm_vm *create_vm(struct kvm_vcpu **vcpu,
+				struct kvm_coalesced_mmio_ring **ring)
 {
 	struct kvm_coalesced_mmio_zone zone = { .addr = MMIO_GPA, .size = 8 };
+	int page = kvm_check_cap(KVM_CAP_COALESCED_MMIO);
+	struct kvm_vm *vm;
+
+	TEST_REQUIRE(page > 0);
+	vm = vm_create_with_one_vcpu(vcpu, guest_code);
+	virt_map(vm, MMIO_GPA, MMIO_GPA, 1);
+	vm_ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone);
+	*ring = (void *)(*vcpu)->run + page * getpagesize();
+	return vm;
+}
+
+TEST(full)
+{
 	struct kvm_coalesced_mmio_ring *ring;
-	uint32_t size = getpagesize(), max, first, i;
+	uint32_t max, first, i;
 	struct kvm_coalesced_mmio *entry;
 	uint64_t written = 0, value;
 	struct kvm_vcpu *vcpu;
 	struct kvm_vm *vm;
-	int page;
 
-	page = kvm_check_cap(KVM_CAP_COALESCED_MMIO);
-	TEST_REQUIRE(page > 0);
-	max = (size - sizeof(*ring)) / sizeof(ring->coalesced_mmio[0]);
-
-	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
-	virt_map(vm, MMIO_GPA, MMIO_GPA, 1);
-	vm_ioctl(vm, KVM_REGISTER_COALESCED_MMIO, &zone);
-	ring = (void *)vcpu->run + page * size;
+	vm = create_vm(&vcpu, &ring);
+	max = (getpagesize() - sizeof(*ring)) / sizeof(ring->coalesced_mmio[0]);
 
 	for (first = 0; first < max; first += 13) {
 		ring->first = first;
@@ -65,6 +72,25 @@ TEST(full)
 		memcpy(&value, vcpu->run->mmio.data, sizeof(value));
 		ASSERT_EQ(value, written);
 		written++;
+	}
+	kvm_vm_free(vm);
+}
+
+/* An entry that does not exist is not written, and the write exits. */
+TEST(bad_last)
+{
+	static const uint32_t lasts[] = { 170, 1u << 31, ~0u };
+	struct kvm_coalesced_mmio_ring *ring;
+	struct kvm_vcpu *vcpu;
+	struct kvm_vm *vm;
+	int i;
+
+	vm = create_vm(&vcpu, &ring);
+	for (i = 0; i < ARRAY_SIZE(lasts); i++) {
+		ring->last = lasts[i];
+		vcpu_run(vcpu);
+		ASSERT_EQ(vcpu->run->exit_reason, KVM_EXIT_MMIO);
+		ASSERT_EQ(READ_ONCE(ring->last), lasts[i]);
 	}
 	kvm_vm_free(vm);
 }

@@ -8,8 +8,9 @@
  *    KVM_SET_MSRS makes KVM handle it.  KVM then tries to map the page on behalf of an
  *    ioctl other than KVM_RUN.  It must not wait for the page, and changes of memslots
  *    must complete afterwards.
- *  - read_only: the process may only read the page, but KVM's worker asks for a page that
- *    can be written to.  The vCPU must get the page itself.
+ *  - read_only: the process may only read the pages, but KVM's worker first asks for pages
+ *    that can be written to.  The guest must get them nevertheless, also if it goes on
+ *    with another page after each interrupt.
  *
  * The tests run in a child process.  If an ioctl of the child never returns, not even
  * to a fatal signal, the parent reports that.
@@ -69,10 +70,13 @@ static struct kvm_vcpu_pv_apf_data apf __aligned(64);
 static uint32_t ready_token;
 static bool activated;
 
+/* Written by the host: go on with the other page after each interrupt. */
+static bool alternate;
+
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static struct kvm_vcpu_pv_apf_data *host_apf;
-static size_t page_size;
+static size_t page_size, data_size;
 static void *data, *other;
 static int uffd;
 
@@ -91,6 +95,10 @@ static void guest_pf_handler(struct ex_regs *regs)
 
 	while (READ_ONCE(ready_token) != token)
 		asm volatile("sti; hlt; cli" ::: "memory");
+
+	/* The address that guest_code() reads. */
+	if (READ_ONCE(alternate))
+		regs->rdi ^= PAGE_SIZE;
 }
 
 static void guest_ready_handler(struct ex_regs *regs)
@@ -109,6 +117,8 @@ static void guest_ready_handler(struct ex_regs *regs)
 
 static void guest_code(uint64_t apf_gpa)
 {
+	uint64_t gva, value;
+
 	x2apic_enable();
 	wrmsr(MSR_KVM_ASYNC_PF_INT, READY_VECTOR);
 	wrmsr(MSR_KVM_ASYNC_PF_EN, apf_gpa | KVM_ASYNC_PF_ENABLED |
@@ -118,8 +128,11 @@ static void guest_code(uint64_t apf_gpa)
 
 	/* KVM uses asynchronous page faults only if interrupts are enabled. */
 	asm volatile("sti");
-	for (;;)
-		GUEST_SYNC_ARGS(PAGE_READ, READ_ONCE(*(uint64_t *)DATA_GPA), 0, 0, 0);
+	for (;;) {
+		gva = DATA_GPA;
+		asm volatile("mov (%1), %0" : "=a"(value), "+D"(gva) :: "memory");
+		GUEST_SYNC_ARGS(PAGE_READ, value, 0, 0, 0);
+	}
 }
 
 static void begin(const char *step)
@@ -184,20 +197,25 @@ static void wait_for_worker(void)
 	TEST_ASSERT(tid != gettid(), "expected an asynchronous page fault");
 }
 
-static void provide_page(void)
+static void provide_page_at(void *hva)
 {
 	uint64_t *page = aligned_alloc(page_size, page_size);
 
 	TEST_ASSERT(page, "aligned_alloc() failed");
 	memset(page, 0, page_size);
 	*page = DATA_VALUE;
-	uffd_provide(uffd, data, page, page_size);
+	uffd_provide(uffd, hva, page, page_size);
 	free(page);
+}
+
+static void provide_page(void)
+{
+	provide_page_at(data);
 }
 
 static void drop_page(void)
 {
-	TEST_ASSERT(!madvise(data, page_size, MADV_DONTNEED), "madvise(): errno %d", errno);
+	TEST_ASSERT(!madvise(data, data_size, MADV_DONTNEED), "madvise(): errno %d", errno);
 }
 
 /* Let the guest read the page after the interrupt with @token. */
@@ -335,23 +353,30 @@ static void *read_worker(void *arg)
 	return NULL;
 }
 
-static void test_read_only(void)
+static void test_read_only(bool alternating)
 {
 	pthread_t thread;
 	uint64_t value;
+	int i;
 
-	begin("read_only: wait for the vCPU to ask for the page");
+	alternate = alternating;
+	sync_global_to_guest(vm, alternate);
 	drop_page();
-	TEST_ASSERT(!mprotect(data, page_size, PROT_READ), "mprotect(): errno %d", errno);
+	TEST_ASSERT(!mprotect(data, data_size, PROT_READ), "mprotect(): errno %d", errno);
 	thread = start_thread(read_worker, &value);
-	wait_for_fault();
-	provide_page();
+	for (i = 0; i < (alternating ? 2 : 1); i++) {
+		begin("read_only: wait until a thread asks for the page");
+		provide_page_at((void *)uffd_wait_for_fault(uffd).arg.pagefault.address);
+	}
 
 	begin("read_only: wait for the guest");
 	join_thread(thread, "KVM_RUN");
 	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
-	TEST_ASSERT(!mprotect(data, page_size, PROT_READ | PROT_WRITE), "mprotect(): errno %d",
+
+	TEST_ASSERT(!mprotect(data, data_size, PROT_READ | PROT_WRITE), "mprotect(): errno %d",
 		    errno);
+	alternate = false;
+	sync_global_to_guest(vm, alternate);
 }
 
 static void run_tests(void)
@@ -359,12 +384,13 @@ static void run_tests(void)
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
 	ucall_init(vm, NULL);
 	page_size = getpagesize();
-	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	data_size = 2 * page_size;
+	data = mmap(NULL, data_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	other = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
-	set_slot(DATA_SLOT, DATA_GPA, page_size, data);
-	virt_map(vm, DATA_GPA, DATA_GPA, page_size / vm->page_size);
-	uffd = uffd_register(data, page_size, UFFD_FEATURE_THREAD_ID);
+	set_slot(DATA_SLOT, DATA_GPA, data_size, data);
+	virt_map(vm, DATA_GPA, DATA_GPA, data_size / vm->page_size);
+	uffd = uffd_register(data, data_size, UFFD_FEATURE_THREAD_ID);
 
 	vm_init_descriptor_tables(vm);
 	vcpu_init_descriptor_tables(vcpu);
@@ -373,9 +399,11 @@ static void run_tests(void)
 	vcpu_args_set(vcpu, 1, addr_gva2gpa(vm, (vm_vaddr_t)&apf));
 	host_apf = addr_gva2hva(vm, (vm_vaddr_t)&apf);
 
+	test_read_only(true);
+	test_read_only(false);
+	/* Page faults on the same page must be asynchronous again. */
 	test_deliver();
 	test_set_msrs();
-	test_read_only();
 	kvm_vm_free(vm);
 }
 
