@@ -10,6 +10,8 @@
  *  - gone: the slot whose page the vCPU waits for is deleted.  That must not complete
  *    before the page arrives, but other changes must.  Afterwards, the vCPU must not
  *    populate the memory, and the guest must find none.
+ *  - gone_async: the same if KVM's worker for asynchronous page faults waits for the
+ *    page (x86).
  *  - shmem, hugetlb: the same with other memory than anonymous memory.
  *  - once: if no memslot changes meanwhile, the guest faults once, and not again when
  *    the page has arrived.
@@ -402,19 +404,6 @@ TEST_F(backing, shmem)
 	test_wait();
 }
 
-/* Add @n to the number of huge pages. */
-static void add_huge_pages(int n)
-{
-	FILE *f = fopen("/proc/sys/vm/nr_hugepages", "r+");
-	int nr;
-
-	__TEST_REQUIRE(f, "needs a kernel with HUGETLBFS");
-	TEST_ASSERT(fscanf(f, "%d", &nr) == 1, "no number of huge pages");
-	rewind(f);
-	fprintf(f, "%d", nr + n);
-	fclose(f);
-}
-
 TEST_F(backing, hugetlb)
 {
 	size_t size;
@@ -505,7 +494,7 @@ static void *other_worker(void *unused)
 	return NULL;
 }
 
-TEST_F(latency, gone)
+static void test_gone(void)
 {
 	uint64_t ns;
 	struct change c = { "delete the slot of the page", delete_data, &ns };
@@ -526,6 +515,24 @@ TEST_F(latency, gone)
 	TEST_ASSERT(!is_page_resident(), "gone: expected no page, got one");
 	set_data_region(page_size);
 }
+
+TEST_F(latency, gone)
+{
+	test_gone();
+}
+
+#ifdef __x86_64__
+/* KVM halts a vCPU that can take interrupts, and a worker waits for the page. */
+TEST_F(latency, gone_async)
+{
+	struct kvm_regs regs;
+
+	vcpu_regs_get(vcpu, &regs);
+	regs.rflags |= BIT(9); /* IF */
+	vcpu_regs_set(vcpu, &regs);
+	test_gone();
+}
+#endif
 
 /* An access that waits for the page, which then arrives. */
 static void make_access(const char *what)
