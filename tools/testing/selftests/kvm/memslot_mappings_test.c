@@ -43,7 +43,7 @@
  * In the case invalid, a change takes long because KVM allocates metadata for slots of
  * this size: a dirty bitmap, and with shadow paging much larger rmaps.
  */
-#define LARGE_SIZE		(is_shadow_paging() ? 16ull << 30 : 256ull << 30)
+#define LARGE_SIZE		(is_shadow_paging() ? 16ull << 30 : 128ull << 30)
 #define NR_CHANGES		20
 /* A vCPU faults once for each page that it needs, and once in an INVALID slot. */
 #define MAX_FAULTS		30
