@@ -494,7 +494,7 @@ static void *other_worker(void *unused)
 	return NULL;
 }
 
-static void test_gone(void)
+static void test_gone(bool async)
 {
 	uint64_t ns;
 	struct change c = { "delete the slot of the page", delete_data, &ns };
@@ -502,6 +502,8 @@ static void test_gone(void)
 	drop_page();
 	start_access();
 	wait_for_fault();
+	if (async)
+		vcpu_wait_stat(vcpu, "blocking", 1);
 	start_change(&c);
 	TEST_ASSERT(!wait_for_change(NO_WAIT_MS),
 		    "%s: complete, expected a wait for the vCPU's page", c.name);
@@ -518,7 +520,7 @@ static void test_gone(void)
 
 TEST_F(latency, gone)
 {
-	test_gone();
+	test_gone(false);
 }
 
 #ifdef __x86_64__
@@ -530,7 +532,9 @@ TEST_F(latency, gone_async)
 	vcpu_regs_get(vcpu, &regs);
 	regs.rflags |= BIT(9); /* IF */
 	vcpu_regs_set(vcpu, &regs);
-	test_gone();
+	/* Later, the vCPU is in KVM_RUN. */
+	vcpu_get_stat(vcpu, "blocking");
+	test_gone(true);
 }
 #endif
 

@@ -10,7 +10,8 @@
  *  - changed: the upper half of the slot gets other memory, then none, then its first
  *    memory again.  The vCPU must not use memory that the slots do not have any more.
  *  - huge: a slot that KVM maps with huge pages is split, and its lower part logs dirty
- *    pages afterwards.  Each write of the vCPU must be logged.
+ *    pages afterwards.  The vCPU writes to the upper part, then also to the lower part.
+ *    Each write to the latter must be logged.
  *  - invalid: the slot gets other memory.  A vCPU that finds the slot INVALID must sleep
  *    until the change is complete, and not fault again and again.
  */
@@ -54,7 +55,8 @@
  */
 #ifdef __x86_64__
 #define FAULT_STAT		"pf_taken"
-#define MAX_KEPT_FAULTS		0
+/* The host can unmap some pages in order to move or merge them. */
+#define MAX_KEPT_FAULTS		NR_CYCLES
 #else
 #define FAULT_STAT		"exits"
 /* Half of the faults if one change in each cycle drops all mappings */
@@ -62,7 +64,7 @@
 #endif
 
 /* Shared with the guest. */
-static int nr_pages;
+static int first_page, nr_pages;
 static uint64_t loops;
 static bool stop;
 
@@ -70,6 +72,7 @@ static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static pthread_t thread;
 static uint64_t *host_loops;
+static int *host_first_page;
 static uint64_t nr_mmio_exits;
 static void *data;
 
@@ -79,7 +82,7 @@ static void guest_code(void)
 	int i;
 
 	while (!READ_ONCE(stop)) {
-		for (i = 0; i < nr_pages; i++) {
+		for (i = READ_ONCE(first_page); i < nr_pages; i++) {
 			gva = DATA_GPA + i * GUEST_PAGE_SIZE;
 			counter = (uint64_t *)gva;
 			WRITE_ONCE(*counter, READ_ONCE(*counter) + 1);
@@ -178,6 +181,7 @@ static void start_vcpu(int n)
 	nr_pages = n;
 	sync_global_to_guest(vm, nr_pages);
 	host_loops = addr_gva2hva(vm, (vm_vaddr_t)&loops);
+	host_first_page = addr_gva2hva(vm, (vm_vaddr_t)&first_page);
 	/* The first read of a stat of a vCPU would wait for the end of KVM_RUN. */
 	vcpu_get_stat(vcpu, FAULT_STAT);
 }
@@ -297,10 +301,30 @@ TEST(changed)
 	stop_vcpu();
 }
 
+/*
+ * Sets whether x86 splits huge pages as soon as their slot logs dirty pages, which would
+ * split one beyond the end of the slot, too.  Returns the previous value, or 0 if there
+ * is no such parameter.
+ */
+static char set_eager_page_split(char value)
+{
+	FILE *f = fopen("/sys/module/kvm/parameters/eager_page_split", "r+");
+	char old;
+
+	if (!f)
+		return 0;
+	TEST_ASSERT(fread(&old, 1, 1, f) == 1, "eager_page_split cannot be read");
+	rewind(f);
+	TEST_ASSERT(fwrite(&value, 1, 1, f) == 1 && !fclose(f),
+		    "eager_page_split cannot be written");
+	return old;
+}
+
 TEST(huge)
 {
 	struct kvm_userspace_memory_region lower;
 	unsigned long *bitmap;
+	char split_eagerly;
 	size_t size;
 	int at, i;
 
@@ -316,10 +340,17 @@ TEST(huge)
 	at = 1 + random() % (nr_pages - 1);
 	lower = region(DATA_SLOT, 0, at, data);
 	set_regions(lower, region(UPPER_SLOT, at, nr_pages - at, data));
+	WRITE_ONCE(*host_first_page, at);
 	wait_for_vcpu();
 
+	split_eagerly = set_eager_page_split('N');
 	lower.flags = KVM_MEM_LOG_DIRTY_PAGES;
 	set_regions(lower);
+	if (split_eagerly)
+		set_eager_page_split(split_eagerly);
+	wait_for_vcpu();
+	WRITE_ONCE(*host_first_page, 0);
+
 	for (i = 0; i < 3; i++) {
 		int page;
 
