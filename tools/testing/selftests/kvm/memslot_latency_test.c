@@ -12,7 +12,7 @@
  *    populate the memory, and the guest must find none.
  *  - gone_async: the same if KVM's worker for asynchronous page faults waits for the
  *    page (x86).
- *  - shmem, hugetlb: the same with other memory than anonymous memory.
+ *  - shmem, hugetlb: like wait, with other memory than anonymous memory.
  *  - once: if no memslot changes meanwhile, the guest faults once, and not again when
  *    the page has arrived.
  *  - race: the page is repeatedly taken away as soon as it has arrived, and stays in
@@ -532,7 +532,7 @@ TEST_F(latency, gone_async)
 	vcpu_regs_get(vcpu, &regs);
 	regs.rflags |= BIT(9); /* IF */
 	vcpu_regs_set(vcpu, &regs);
-	/* Later, the vCPU is in KVM_RUN. */
+	/* The first read of a stat would wait for the end of KVM_RUN. */
 	vcpu_get_stat(vcpu, "blocking");
 	test_gone(true);
 }

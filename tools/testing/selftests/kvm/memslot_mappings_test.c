@@ -5,9 +5,9 @@
  * A vCPU increments a counter in each page of a memslot all the time, while
  * KVM_SET_USER_MEMORY_REGIONS changes it.
  *
- *  - kept: the slot is split, merged and renamed.  Each gfn keeps its hva and flags,
- *    therefore the vCPU must not fault.
- *  - changed: the upper half of the slot gets other memory, then none, then its first
+ *  - kept: the slot is split, merged and given other ids.  Each gfn keeps its hva and
+ *    flags, therefore the vCPU must not fault.
+ *  - changed: the upper half of the slot gets other memory, then none, then its original
  *    memory again.  The vCPU must not use memory that the slots do not have any more.
  *  - huge: a slot that KVM maps with huge pages is split, and its lower part logs dirty
  *    pages afterwards.  The vCPU writes to the upper part, then also to the lower part.
@@ -289,7 +289,7 @@ TEST(changed)
 	check_use("other memory: lower half", data, 0, half, true);
 	TEST_ASSERT(!nr_mmio_exits, "expected no MMIO exit, got %lu", nr_mmio_exits);
 
-	/* A page of the lower half goes, too. */
+	/* Also remove one page of the lower half. */
 	set_regions(region(DATA_SLOT, 0, half - 1, data), no_region(UPPER_SLOT));
 	check_use("no memory", other, half, NR_PAGES, false);
 	check_use("no memory", data, half - 1, NR_PAGES, false);
