@@ -172,9 +172,6 @@ static void *map_memory(size_t size, int flags)
 
 static void start_vcpu(int n)
 {
-	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
-	TEST_REQUIRE(getpagesize() == GUEST_PAGE_SIZE);
-
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
 	ucall_init(vm, NULL);
 	virt_map(vm, DATA_GPA, DATA_GPA, n * GUEST_PAGE_SIZE / vm->page_size);
@@ -398,5 +395,8 @@ TEST(invalid)
 
 int main(int argc, char *argv[])
 {
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
+	TEST_REQUIRE(getpagesize() == GUEST_PAGE_SIZE);
+
 	return run_cases(argv + 1);
 }
