@@ -201,23 +201,19 @@ static uint64_t counter(void *mem, int page)
 	return READ_ONCE(*(uint64_t *)(mem + page * GUEST_PAGE_SIZE));
 }
 
-/* Does the vCPU use this page of @mem? */
-static bool is_used(void *mem, int page)
-{
-	uint64_t before = counter(mem, page);
-
-	wait_for_vcpu();
-	return counter(mem, page) != before;
-}
-
-/* Pages of @mem from @first up to, but not including, @end are used or not. */
+/* The vCPU uses the pages of @mem from @first up to, but not including, @end or not. */
 static void check_use(const char *what, void *mem, int first, int end, bool used)
 {
+	uint64_t before[NR_PAGES];
 	int i;
 
 	for (i = first; i < end; i++)
-		TEST_ASSERT(is_used(mem, i) == used, "%s, page %d: expected %s, got %s", what,
-			    i, used ? "used" : "not used", used ? "not used" : "used");
+		before[i] = counter(mem, i);
+	wait_for_vcpu();
+	for (i = first; i < end; i++)
+		TEST_ASSERT((counter(mem, i) != before[i]) == used,
+			    "%s, page %d: expected %s, got %s", what, i,
+			    used ? "used" : "not used", used ? "not used" : "used");
 }
 
 /* Whether KVM uses shadow paging, for which it keeps no mappings */
