@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: GPL-2.0
-# The front door.  Every target works from a fresh clone; BASE= chooses the
-# kernel (a folder under patches/), TOPIC= one topic in place of all, JOBS= the number
-# of parallel jobs, ACCEL= how QEMU runs (see scripts/boot).
+# The front door.  Every target except export works from a fresh clone.  BASE= chooses
+# the kernel (a folder under patches/), TOPIC= one topic in place of all, JOBS= the
+# number of parallel jobs, ACCEL= how QEMU runs (see scripts/boot).
 
 MAKEFLAGS += --no-print-directory
 export BASE TOPIC JOBS ACCEL
@@ -39,7 +39,7 @@ soak:	## stress tests on debug kernels with random seeds, for MINUTES=n
 mutants:	## how many small mutants of a topic's code its tests notice: TOPIC=name
 	@env -u TOPIC scripts/mutants $(TOPIC) $(NUMBER)
 
-bisect:	## build every patch on both architectures
+bisect:	## build the kernels of both architectures after every patch
 	@scripts/bisect
 
 alone:	## apply, build and test every topic with only what it requires

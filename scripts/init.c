@@ -18,7 +18,8 @@
  *
  * A test that uses kselftest_harness.h has cases, and prints TAP itself.  PID 1 turns
  * each of its points into a point NAME@CASE, and checks its plan.  The timeout is that
- * of each case, which the test has to end; it is TEST_TIMEOUT in its environment.
+ * of each case.  When it is over, the TAP shows the threads.  The test has to end the case
+ * GRACE seconds later (TEST_TIMEOUT in its environment), or PID 1 ends the test.
  */
 #define _GNU_SOURCE
 #include <ctype.h>
@@ -227,9 +228,9 @@ static int scan_kmsg(char *first, size_t size)
 }
 
 /*
- * Marks the place in the kernel log.  A record cannot be read before the next
- * one begins if it does not end in a newline, so this also brings out the last
- * words of a test.
+ * Marks the place in the kernel log.  A record that does not end with a newline cannot
+ * be read before the next record begins, so this also makes the last message of a test
+ * readable.
  */
 static void mark_log(const char *what, const char *name)
 {
@@ -309,7 +310,7 @@ static void show_threads(void)
 		closedir(processes);
 }
 
-/* Reap what a test left behind, and wait until nothing but PID 1 lives. */
+/* Kill the processes that a test left behind, and wait until only PID 1 is left. */
 static void kill_leftovers(void)
 {
 	kill(-1, SIGKILL);
@@ -546,10 +547,10 @@ static void run_tests(void)
 }
 
 /*
- * Each CPU keeps two stacks of tasks that have ended for the next ones, and
- * kmemleak takes what lies on them for references: to a tree that has pointers
- * both ways, one such pointer is enough.  Linux clears a stack when a task gets
- * it, so have more tasks on each CPU than that, at the same time.
+ * Each CPU keeps two stacks of ended tasks for new tasks, and kmemleak treats what is
+ * on them as references.  One stale pointer to a tree whose nodes point to each other
+ * hides the leak of the whole tree.  Linux clears a stack when a task gets it, so start
+ * more than two tasks on each CPU at the same time.
  */
 static void clear_cached_stacks(void)
 {
@@ -581,8 +582,8 @@ static void clear_cached_stacks(void)
 }
 
 /*
- * kmemleak reports only objects older than five seconds that two scans in a
- * row found unreferenced; the age is the one thing here that takes waiting.
+ * kmemleak reports only objects that are older than five seconds and that two scans in
+ * a row found unreferenced.  The age is the reason to sleep.
  */
 static void check_leaks(void)
 {
@@ -605,8 +606,8 @@ static void check_leaks(void)
 }
 
 /*
- * x86 boots on clock source tsc-early and turns to tsc when that is calibrated,
- * after about two seconds.  KVM's clocks depend on it, and tests look at it.
+ * x86 boots with clock source tsc-early and changes to tsc when the TSC is calibrated,
+ * after about two seconds.  KVM's clocks depend on the clock source, and tests check it.
  */
 static void wait_for_clock(void)
 {

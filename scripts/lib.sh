@@ -177,7 +177,7 @@ need_tool() {
 	done
 }
 
-# need_space DIR GIB: stop unless the disk has so much space
+# need_space DIR GIB: stop unless the disk of DIR has GIB GiB of free space
 need_space() {
 	local free
 	mkdir -p "$1" || die "cannot create $1"

@@ -17,8 +17,8 @@ Kinds:
   success   an error becomes 0
   bool      true becomes false, and the other way round
 
-Locks are left alone, since hardly a test would go on without them, and so are
-assertions, messages and tracepoints, which no test has to notice.
+Locks are not changed, because hardly any test would survive without them.  Assertions,
+messages and tracepoints are not changed either, because no test has to notice them.
 """
 import random
 import re

@@ -131,10 +131,10 @@ class Tables:
 			when = row.when.split(",")
 			self.expect(when == ["none"] or set(when) <= set(WHEN) and len(when) == len(set(when)),
 				    f"when must be none or some of {','.join(WHEN)}, not {row.when}")
-			self.expect((row.when == "none") == (row.reason != "-"), "a reason is for none, and none needs one")
+			self.expect((row.when == "none") == (row.reason != "-"), "when 'none' needs a reason, and only 'none' may have one")
 			self.expect(number(row.seconds, 1, 86400), f"seconds must be 1 to 86400, not {row.seconds}")
 			if row.when == "none":
-				self.expect(row.machine == "-", "what runs never has no machine")
+				self.expect(row.machine == "-", "when 'none' needs machine '-'")
 				# Only if somebody names it.
 				row = row._replace(machine="plain")
 			else:
@@ -407,8 +407,9 @@ def plan(args):
 
 
 def value(out, which, where, test, key, unit):
-	"""The last such line of a log counts.  Of several rounds it is the least for a
-	time, because other work on the host only adds to it, and else the greatest."""
+	"""The value of the last line "perf: KEY ..." of the test's log.  Of several rounds, the
+	least value counts if it is a time, because other work on the host only adds to it,
+	and the greatest value otherwise."""
 	found = []
 	logs = os.path.join(out, f"bench-{which}-{where}-*", test)
 	for path in glob.glob(logs + ".log") + glob.glob(logs + "@*.log"):

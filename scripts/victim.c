@@ -5,7 +5,7 @@
  * usage: victim [say LINE... then] pass|skip|fail|crash|hang|log TEXT|splat|panic|
  *               leak MODULE
  *
- * Each way must turn the result of the harness red (but for pass and skip);
+ * Each way except pass and skip must turn the result of the harness red;
  * scripts/check.d/90-harness.t runs them all.  The lines, in which "_" stands for a
  * space, are those of a test with cases.
  */

@@ -53,7 +53,7 @@ ok "every script has a usage line" usage_line
 ok "PID 1 and the victim compile without warnings" init_warnings
 ok "spelling" spelling
 ok "no trailing white space" clean_text
-ok "no word of one machine" no_machine
+ok "no path or host name of one machine" no_machine
 ok "every make target is documented" targets_documented
 ok "the tables of tests, figures and machines are well formed" table check
 ok "tests.tsv lists every selftest" table_complete

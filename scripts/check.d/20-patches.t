@@ -92,7 +92,7 @@ subjects() {
 	done
 	return $rc
 }
-# A folder for each topic, and no patch that git am would take for one of the series.
+# Every patch file in the folders is in the series file, in the order of the shell.
 series_order() { diff <(cd "$PATCHES" && printf '%s\n' *.patch */*.patch) "$PATCHES/series"; }
 topic_files() {
 	local t f rc=0
@@ -129,7 +129,7 @@ trailers() {
 
 ok "BASE is complete" base_file
 ok "tree and export give the same patches and mirror" round_trip
-ok "they do under a hostile git configuration" round_trip_hostile
+ok "the round trip holds under a hostile git configuration" round_trip_hostile
 ok "the tip hash repeats" tip_repeats
 ok "plain git am applies the series" git_am
 ok "quilt push -a applies the series" quilt_push

@@ -32,8 +32,8 @@ spelling() {
 	done
 	(cd "$work/words" && codespell .)
 }
-# not_covered PATTERN OPTION...: those files on standard input of which get_maintainer.pl
-# does not print PATTERN
+# not_covered PATTERN OPTION...: prints the files on standard input for which
+# get_maintainer.pl does not print PATTERN
 not_covered() {
 	local pattern=$1
 	shift

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Base and patched kernels build with -Werror, touched files without new
-# warnings of sparse and W=1, and so does the series up to the end of a topic.
+# Base and patched kernels build with -Werror, and so does the series up to the end of a
+# topic.  The touched files have no new warnings of sparse and W=1.
 . "$(dirname "$0")/tap.sh"
 
 # Warnings of W=1 and sparse in the C files that the series touches: base and

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# The tests bite: what the trailers Selftest of the patches name fails, or is skipped for
-# want of the capability, without the patches, and passes with them.
+# The tests that the trailers "Selftest:" of the patches name fail on the base, or are
+# skipped there because the capability is absent, and pass on the patched kernel.
 . "$(dirname "$0")/tap.sh"
 
 builds() {

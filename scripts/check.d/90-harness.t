@@ -35,7 +35,7 @@ stays_green() { machine "$@"; }
 skips() {
 	machine x86_64 plain $'10\tv\t/victim skip' && grep -P '^v\tskip\t.*planted' "$work/out/results.tsv"
 }
-# Only one vCPU: the machine of x86-64 stops for good when it panics so early.
+# LIMIT stops the machine before its test has ended.
 no_verdict() {
 	LIMIT=25 turns_red verdict 'no verdict' x86_64 plain $'9999\tv\t/victim hang' && red qemu 'not done after'
 }
@@ -110,7 +110,7 @@ ok "a failing case is red, the others are not" cases 'Test failed at step #254' 
 	"$plan $a $b #_b:_Test_failed_at_step_#254 not_ok_2_global.b $c"
 ok "a case that a signal ends is red" cases 'by signal 11' \
 	"$plan $a $b #_b:_Test_terminated_unexpectedly_by_signal_11 not_ok_2_global.b $c"
-ok "a case that the test ends for its time is red" cases 'by timeout' \
+ok "a case that the test ends after its time limit is red" cases 'by timeout' \
 	"$plan $a $b #_b:_Test_terminated_by_timeout not_ok_2_global.b $c"
 ok "a case without a result is red" cases '' "$plan $a $b $c"
 ok "a skipped case is a skip, with its reason" skipped_case
@@ -210,7 +210,7 @@ wrong_tests() {
 	bad_row tests.tsv "no machine 'warp' for arm64" base x arm64 run warp 30 - -
 	bad_row tests.tsv "no machine 'shadow' for arm64" base x all run shadow 30 - -
 	bad_row tests.tsv 'seconds must be' base x all run plain 0 - -
-	bad_row tests.tsv 'a reason is for none' base x all none - 30 - -
+	bad_row tests.tsv '.* needs a reason' base x all none - 30 - -
 	bad_row tests.tsv 'set_memory_region_test twice for x86_64' \
 		base set_memory_region_test x86_64 run single 30 - -
 }

@@ -33,8 +33,8 @@ ok() {
 # skip DESCRIPTION REASON
 skip() { say "ok $((++points)) - $1 # SKIP $2"; }
 
-# last_words OUT TEST: the end of what a test left in OUT of scripts/boot, or else
-# of the kernel log; of the console where there is no verdict, as the machine died
+# last_words OUT TEST: the end of the test's log in OUT of scripts/boot, or of the kernel
+# log if the test has no log, or of the console if TEST is "verdict"
 last_words() {
 	local f=$1/${2//\//.}.log
 	[[ -f $f ]] || f=$1/kmsg

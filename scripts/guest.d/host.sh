@@ -4,9 +4,9 @@
 # usage: /busybox sh /host.sh x86_64|xen|arm64
 #
 # Runs in the machine of scripts/guest: starts a guest under QEMU's KVM, balloons,
-# plugs, swaps out and unplugs its memory, saves and restores it while it works (not
-# Xen's), and looks at KVM's statistics of each of its lives.  The output is the
-# guest's console and, last, "figures:" and the statistics.
+# plugs, swaps out and unplugs its memory, saves and restores it while it works (but not a
+# Xen guest), and checks KVM's statistics before it is saved and at the end.  The output is
+# the guest's console and, last, "figures:" and the statistics.
 #
 # Exit code: 0 if the guest works to its end and the statistics are as they should be.
 guest=$1
@@ -36,7 +36,8 @@ xen)	machine='-M q35 -bios qboot.rom -cpu host,-svm,-xsave -accel kvm,xen-versio
 arm64)	machine='-M virt,gic-version=3,its=on -cpu host -accel kvm' ;;
 *)	die "no such guest: $guest" ;;
 esac
-# Statistics that have to be above zero, zero, and below a twentieth of the hits.
+# moved: statistics that have to be above zero.  still: those that have to be zero.  few:
+# those that may be at most a twentieth of the hits.
 case $guest in
 arm64)	qemu=qemu-system-aarch64 append='console=ttyAMA0'
 	moved='exits lpis lpi_translation_hits memslot_grace_periods' still='' few='lpi_translation_misses lpi_inatomic_fallbacks' ;;
@@ -56,8 +57,8 @@ esac
 	mkdir /sys/fs/cgroup/guest
 }
 
-# The guest is told by its console's input and by QEMU's monitor, both FIFOs that
-# this shell keeps open.
+# This shell controls the guest via the input of its console and via QEMU's monitor.  Both
+# are FIFOs that this shell keeps open.
 rm -f /tmp/*
 mkfifo /tmp/input /tmp/commands
 exec 3<> /tmp/input 4<> /tmp/commands
@@ -123,7 +124,7 @@ judge() {
 	done
 }
 
-# plug MIB: how much of the pluggable memory the guest shall have
+# plug MIB: set how much of the pluggable memory the guest has
 plug() {
 	: > /tmp/answers
 	echo "qom-set plug requested-size $1M" >&4
@@ -140,7 +141,7 @@ for mib in 160 256; do
 done
 plug 512
 ins=$(value page_in)
-# Less than asked for is an error too (EAGAIN); how much it was is looked at below.
+# Writing fails with EAGAIN if less was reclaimed; the amount is checked below.
 echo 128M > /sys/fs/cgroup/guest/memory.reclaim 2> /dev/null || :
 out=$(($(cat /sys/fs/cgroup/guest/memory.swap.current) / 1048576))
 next 1

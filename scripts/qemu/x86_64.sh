@@ -3,10 +3,11 @@
 #
 # The x86-64 test machine: q35 with nested SVM.  TCG has no VMX.
 #
-# Tests of KVM's clocks need the TSC as clock source.  TCG's is good enough, but
-# not marked so.  Its rate is measured twice during boot, and built-in KVM keeps
-# the first, rougher one: the tolerance keeps it from calling the rate wrong.
-# The kernel's own test of the timer interrupt gives up when the host is busy.
+# Tests of KVM's clocks need the TSC as clock source.  The TSC of TCG is good enough, but
+# the kernel does not know that: tsc=reliable.  Its rate is measured twice during boot, and
+# built-in KVM keeps the first value, which is less exact: kvm.tsc_tolerance_ppm makes KVM
+# accept the difference.  The kernel's own test of the timer interrupt fails when the host
+# is busy: no_timer_check.
 #
 # nohz=off highres=off keep a periodic timer, because QEMU's SVM can lose an interrupt:
 # see "An interrupt is lost" in Documentation/series/emulator.rst.

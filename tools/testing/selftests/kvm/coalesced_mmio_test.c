@@ -76,7 +76,7 @@ TEST(full)
 	kvm_vm_free(vm);
 }
 
-/* An entry that does not exist is not written, and the write exits. */
+/* If last is the index of no existing entry, the write exits and stores nothing. */
 TEST(bad_last)
 {
 	static const uint32_t lasts[] = { 170, 1u << 31, ~0u };

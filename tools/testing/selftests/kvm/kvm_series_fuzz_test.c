@@ -9,8 +9,8 @@
  * - each call returns, and in particular each change of the memslots;
  * - no thread stays in uninterruptible sleep;
  * - each VM can be destroyed, also by SIGKILL while all of its threads are busy;
- * - the kernel has as much memory as before when the VMs are gone.  That is the memory
- *   of the whole machine, so nothing else should run on it.
+ * - the kernel uses no more memory than before once the VMs are gone.  The test measures
+ *   the whole machine, so nothing else should run on it.
  *
  * The kernel's own checks (KASAN, lockdep, warnings) find the rest.
  *
@@ -29,16 +29,17 @@
  * does not return, with its arguments and the kernel stacks of all threads.
  *
  * The seed determines the random numbers of each thread and of each vCPU of the guest.
- * What comes of them also depends on how the threads interleave, and on the compiler,
- * which orders the choices of an expression.  The seed of a round is that of the test plus
+ * The calls also depend on how the threads interleave, and on the order in which the
+ * compiler evaluates random choices.  The seed of a round is that of the test plus
  * the number of the round: "-s SEED+n -r 1" repeats round n with the same numbers.
  *
- * A test that does nothing finds nothing: it fails if the guests did not get on, if no page
- * was provided, or if a call that was made often never had success.
+ * A run that does nothing finds nothing.  So the test fails if the guests made no
+ * progress, if no page was provided, or if a call that was made often never succeeded.
  *
  * The other cases are short sequences that trigger known bugs of the kind that the fuzzer
  * looks for.  apf_ack_memslot and lpi_unmap_memory show that its checks detect such bugs.
- * The other cases check the result themselves.  random_calls found the bug of apf_refused.
+ * apf_refused and xen_vcpu_info_vector check the result themselves.  random_calls found
+ * the bug that apf_refused triggers.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <dirent.h>
@@ -171,7 +172,7 @@ static struct shared {
 	bool kills_itself;
 } *shared;
 
-/* The child's */
+/* State of the child, not shared */
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpus[NR_VCPUS];
 static bool stop;
@@ -321,7 +322,7 @@ static int do_call(struct thread *t, int fd, unsigned long cmd, const char *name
 
 #define ARGS(...)	((uint64_t[NR_ARGS]) { __VA_ARGS__ })
 
-/* An ioctl, with up to NR_ARGS numbers that tell what it was about */
+/* Make an ioctl.  Up to NR_ARGS numbers describe it in reports. */
 #define CALL(t, fd, cmd, arg, ...)						\
 	do_call(t, fd, cmd, #cmd, (void *)(uintptr_t)(arg), ARGS(__VA_ARGS__))
 
@@ -439,7 +440,10 @@ static void change_region(struct thread *t, struct kvm_userspace_memory_region *
 	}
 }
 
-/* The slots share the window, or a part of it, with the same page at the same gpa. */
+/*
+ * Divide the window, or a part of it, among the slots.  A gpa has the same offset in the
+ * memory in every such layout.
+ */
 static void op_set_layout(struct thread *t)
 {
 	uint64_t page = 0, end = one_in(t, 2) ? WINDOW_PAGES : 1 + rnd(t, WINDOW_PAGES);
@@ -483,7 +487,10 @@ static void op_set_regions(struct thread *t)
 		r.head.nent = wild(t);
 	else
 		r.head.nent = one_in(t, 16) ? 120 + rnd(t, 11) : rnd(t, 6);
-	/* The entries have to be in the structure. */
+	/*
+	 * KVM must not read beyond the structure.  Make a larger number so large that
+	 * KVM refuses it.
+	 */
 	if (r.head.nent > ARRAY_SIZE(r.entries))
 		r.head.nent |= BIT(20);
 	/* An entry that is not set would delete slot 0, which has the guest's code. */
@@ -1919,7 +1926,7 @@ static void *fuzz_fn(void *arg)
 	return end_thread(t);
 }
 
-/* If the guest has made nothing in so many calls of KVM_RUN, it has lost its way. */
+/* Reset the vCPU if the guest has made no progress in this many calls of KVM_RUN. */
 #define MAX_IDLE_RUNS	4
 
 static void *vcpu_fn(void *arg)
@@ -1994,12 +2001,12 @@ static void chaos(struct thread *t)
 		args[0] = prot;
 		begin_call(t, "mprotect", args);
 		ret = mprotect(start + offset, size, prot);
-		/* Leave little of it inaccessible. */
+		/* Most of the time, make the whole mapping accessible again. */
 		if (!one_in(t, 4))
 			mprotect(start, WINDOW_SIZE, PROT_READ | PROT_WRITE);
 		break;
 	case 9:
-		/* Not where userfaultfd is used, which would be lost. */
+		/* Avoid the pages of userfaultfd: mmap() would end their registration. */
 		offset = max_t(uint64_t, offset,
 			       (FIRST_UFFD_PAGE + UFFD_PAGES) * PAGE_BYTES);
 		size = min_t(size_t, size, WINDOW_SIZE - offset);
@@ -2012,7 +2019,7 @@ static void chaos(struct thread *t)
 				   MAP_SHARED | MAP_FIXED, memfd, offset) == MAP_FAILED;
 		break;
 	case 10:
-		/* The guest's pages from behind: this does not use the mapping. */
+		/* Write to the guest's pages through memfd, not through the mapping. */
 		memset(data, wild(t), sizeof(data));
 		begin_call(t, "pwrite", args);
 		ret = pwrite(memfd, data, sizeof(data), offset + rnd(t, PAGE_BYTES - 64)) < 0;
@@ -2040,7 +2047,10 @@ static void *chaos_fn(void *arg)
 	return end_thread(t);
 }
 
-/* A page that somebody waits for, and how many calls there must be before it comes */
+/*
+ * A page that an access waits for.  It is provided when all threads together have made
+ * @calls calls, or after @polls polls.
+ */
 struct missing {
 	uint64_t address;
 	uint64_t calls;
@@ -2066,10 +2076,10 @@ static bool provide_page(struct thread *t, uint64_t address)
 		return false;
 	if (!ret)
 		count(&shared->pages_provided);
-	/* It is there already, or no more mapped: let the access find that out. */
+	/* The page is present or no longer mapped: let the access try again. */
 	if (ret)
 		CALL(t, uffd, UFFDIO_WAKE, &range, address);
-	/* Take it away at once. */
+	/* Sometimes drop the page again at once. */
 	if (one_in(t, 4))
 		madvise((void *)address, PAGE_BYTES, MADV_DONTNEED);
 	return true;
@@ -2118,7 +2128,7 @@ static void *uffd_fn(void *arg)
  * A round
  */
 
-/* Page-sized accesses beyond these mappings meet PROT_NONE. */
+/* PROT_NONE memory behind each mapping catches accesses beyond its end. */
 static void create_memory(void)
 {
 	char *guard = mmap(NULL, 4 * WINDOW_SIZE, PROT_NONE,
@@ -2153,8 +2163,8 @@ static void ignore_signal(int sig)
 }
 
 /*
- * Signals all threads of @kinds.  Those that have ended are not joined before the end,
- * so that their handles stay valid.
+ * Signals the vCPU and fuzz threads among @threads.  Threads that have ended are joined
+ * only at the end of the round, so that their handles stay valid.
  */
 static void kick(struct thread *threads, int nr)
 {
@@ -2216,7 +2226,7 @@ static void run_round(uint64_t round_seed, uint64_t ns)
 		threads[i].pthread = start_thread(fns[threads[i].kind], &threads[i]);
 	}
 
-	/* If a VM takes long to create, the calls have to be worth it. */
+	/* Make calls for at least twice the time that it took to create the VM. */
 	end_ns = now_ns() + max_t(uint64_t, ns, 2 * (now_ns() - start_ns));
 	while (now_ns() < end_ns) {
 		clock_nanosleep(CLOCK_MONOTONIC, 0, &pace, NULL);
@@ -2330,7 +2340,7 @@ static bool print_task(pid_t pid, pid_t tid)
 	return false;
 }
 
-/* Threads in uninterruptible sleep since when, without having run in between */
+/* A thread in uninterruptible sleep, and since when it sleeps without having run */
 struct sleeper {
 	pid_t tid;
 	unsigned long switches;
@@ -2388,7 +2398,7 @@ static void check_calls(pid_t child)
 
 		if (start && now_ns() > start + bound_secs * NSEC_PER_SEC &&
 		    start == __atomic_load_n(&t->start_ns, __ATOMIC_ACQUIRE))
-			report(child, "%s(%#lx, %#lx, %#lx, %#lx) of thread %d hangs for %u s",
+			report(child, "%s(%#lx, %#lx, %#lx, %#lx) of thread %d has hung for %u s",
 			       t->call, t->args[0], t->args[1], t->args[2], t->args[3],
 			       t->tid, bound_secs);
 	}
@@ -2406,10 +2416,10 @@ static void watch(pid_t child, uint64_t end_ns)
 	while (poll(&p, 1, 500) <= 0) {
 		check_calls(child);
 		if (walk_tasks(child, sleeps_too_long))
-			report(child, "a thread is in uninterruptible sleep for %u s",
+			report(child, "a thread has been in uninterruptible sleep for %u s",
 			       bound_secs);
 		if (now_ns() > end_ns + 2 * bound_secs * NSEC_PER_SEC)
-			report(child, "expected the round to end within %u s after its time",
+			report(child, "expected the round to end within %u s after its time was over",
 			       2 * bound_secs);
 	}
 	close(pidfd);
@@ -2474,7 +2484,7 @@ static bool is_memory_measurable(void)
 	return access("/sys/kernel/debug/kmemleak", F_OK);
 }
 
-/* The caches of the first rounds, and some noise */
+/* The first rounds fill caches.  After them, memory may grow by MEMORY_BOUND KiB. */
 #define WARM_UP_ROUNDS	4
 #define MEMORY_BOUND	8192
 
@@ -2528,7 +2538,7 @@ static void print_counts(void)
  */
 #define CALLED_OFTEN	2000
 
-/* On arm64, the vgic is initialized, and there can be no more vCPUs. */
+/* On arm64, no vCPU can be created, because the vgic is initialized. */
 #ifdef __x86_64__
 #define NEVER_SUCCEEDS	NULL
 #else
@@ -2540,7 +2550,7 @@ static void check_progress(void)
 	int i;
 
 	TEST_ASSERT(shared->rounds, "expected at least one round in %u s", budget_secs);
-	TEST_ASSERT(shared->guest_ops, "expected the guests to get on, in %lu rounds",
+	TEST_ASSERT(shared->guest_ops, "expected the guests to make progress, in %lu rounds",
 		    shared->rounds);
 	TEST_ASSERT(shared->pages_provided, "expected pages to be provided, in %lu rounds",
 		    shared->rounds);
@@ -2574,7 +2584,7 @@ TEST(random_calls)
 		check_memory("after all rounds", before, MEMORY_BOUND);
 	for (i = 0; i < NR_OPS; i++)
 		calls += shared->counts[i].calls;
-	pr_info("# seed %lu: %lu rounds, %lu calls, %lu of guests, %lu pages provided\n", seed,
+	pr_info("# seed %lu: %lu rounds, %lu calls, %lu guest operations, %lu pages provided\n", seed,
 		shared->rounds, calls, shared->guest_ops, shared->pages_provided);
 	if (verbose)
 		print_counts();
@@ -2582,7 +2592,7 @@ TEST(random_calls)
 }
 
 /*
- * The cases that once were bugs
+ * Short sequences that trigger known bugs
  */
 
 static struct thread *begin_directed(void)
@@ -2689,8 +2699,8 @@ static void apf_ack_round(uint64_t round_seed, uint64_t ns)
 	provider->pthread = start_thread(uffd_fn, provider);
 
 	/*
-	 * Nothing shows that the worker has got the page.  If it has not when the page is
-	 * dropped, it waits again; then give it more time.
+	 * Nothing shows when the worker gets the page.  If the page is dropped before
+	 * that, the worker waits for it again, and the next attempt allows more time.
 	 */
 	for (yields = 100; !READ_ONCE(host_apf->token) && yields < 1000000; yields *= 2) {
 		CALL(t, uffd, UFFDIO_ZEROPAGE, &zero, zero.range.start);
@@ -2887,7 +2897,10 @@ static void guest_unmap_pending(uint64_t nr)
 	guest_fill_cmdq();
 	for (;;) {
 		GUEST_SYNC(0);
-		/* All commands except the last one again; it is the first the next time. */
+		/*
+		 * Make the ITS execute all commands again, except the last one.  The next
+		 * pass starts with that one.
+		 */
 		its[0].cwriter = (its[0].cwriter + ITS_CMDQ_SIZE - 32) % ITS_CMDQ_SIZE;
 		writeq(its[0].cwriter, (void *)(its[0].base + GITS_CWRITER));
 	}
@@ -2921,8 +2934,8 @@ static void lpi_unmap_round(uint64_t round_seed, uint64_t ns)
 }
 
 /*
- * LPIs are unmapped while they are pending for a vCPU that does not run.  They must not
- * wait for it in order to be freed.
+ * LPIs are unmapped while they are pending for a vCPU that does not run.  KVM must free
+ * them without waiting for the vCPU to run.
  */
 TEST(lpi_unmap_memory)
 {
@@ -2937,10 +2950,10 @@ static void help(void)
 	printf("usage: %s [-h] [-s seed] [-t seconds] [-r rounds] [-b seconds] [-v] [case...]\n",
 	       program_invocation_short_name);
 	printf(" -s: seed of the first round (default: the time); the next one has seed + 1\n");
-	printf(" -t: how long to make rounds (default: %u)\n", budget_secs);
-	printf(" -r: how many rounds to make, instead of -t\n");
+	printf(" -t: for how many seconds to run rounds (default: %u)\n", budget_secs);
+	printf(" -r: how many rounds to run, instead of -t\n");
 	printf(" -b: how long a call may take (default: %u)\n", bound_secs);
-	printf(" -v: print how often each call was made and had success\n");
+	printf(" -v: print how many times each call was made and how many times it succeeded\n");
 	printf(" case: run only this one; !case: run all but this one\n");
 }
 

@@ -6,8 +6,8 @@
  * again: one with the guest's code, stacks and page tables, and one with data and
  * more code.  vCPUs increment a counter in each page of the latter, and call a
  * function in each page.  On x86, if KVM is configured to emulate instructions that
- * have its prefix, they also use emulated instructions for both.  The memory is
- * never absent, therefore:
+ * have its prefix, the test also runs with counters that are incremented by emulated
+ * instructions.  The memory is never absent, therefore:
  *
  *  - no vCPU exits to userspace or gets an exception,
  *  - each counter has the value that the guest reports.
@@ -107,7 +107,7 @@ static void guest_code(int id)
 static void write_code(void *page, int number)
 {
 #ifdef __x86_64__
-	/* Atomic in every other page, elsewhere with a prefix without effect. */
+	/* Use a lock prefix in odd pages, and a prefix without effect in even pages. */
 	const uint8_t increment[] = {
 		0x0f, 0x0b, 'k', 'v', 'm',	/* emulate the next instruction */
 		number & 1 ? 0xf0 : 0x3e,	/* lock or ds */
@@ -199,20 +199,6 @@ static void split_and_merge_old(int at)
 	set_region(DATA_SLOT, DATA_GPA, NR_DATA_PAGES, data);
 }
 
-static void set_regions(struct kvm_userspace_memory_region *entries, int n)
-{
-	struct {
-		struct kvm_userspace_memory_regions header;
-		struct kvm_userspace_memory_region entries[4];
-	} r = { .header.nent = n };
-	int ret;
-
-	memcpy(r.entries, entries, n * sizeof(*entries));
-	ret = __vm_ioctl(vm, KVM_SET_USER_MEMORY_REGIONS, &r.header);
-	TEST_ASSERT(!ret, "expected success, got errno %d, fail_index %u",
-		    errno, r.header.fail_index);
-}
-
 static void split(struct kvm_userspace_memory_region *lower,
 		  struct kvm_userspace_memory_region *upper, int at, uint32_t slot)
 {
@@ -236,13 +222,13 @@ static void split_and_merge(struct kvm_userspace_memory_region *code,
 	split(&e[0], &e[1], 1 + random() % (code->memory_size / GUEST_PAGE_SIZE - 1),
 	      UPPER_CODE_SLOT);
 	split(&e[2], &e[3], 1 + random() % (NR_DATA_PAGES - 1), UPPER_DATA_SLOT);
-	set_regions(e, 4);
+	vm_set_user_memory_regions(vm, 4, e);
 
 	e[0] = *code;
 	e[1].memory_size = 0;
 	e[2] = *data;
 	e[3].memory_size = 0;
-	set_regions(e, 4);
+	vm_set_user_memory_regions(vm, 4, e);
 }
 
 /*

@@ -58,7 +58,7 @@
  */
 #define TIMEOUT_SECONDS		10
 
-/* Longer than a change takes that does not wait for a page. */
+/* A change that does not wait for a page takes less time than this. */
 #define NO_WAIT_MS		500
 
 /* For the measurements: the time that a page may take to arrive over a network. */
@@ -236,12 +236,9 @@ static void delete_other(void)
 static void set_two_regions(struct kvm_userspace_memory_region a,
 			    struct kvm_userspace_memory_region b)
 {
-	struct {
-		struct kvm_userspace_memory_regions header;
-		struct kvm_userspace_memory_region entries[2];
-	} r = { .header.nent = 2, .entries = { a, b } };
+	struct kvm_userspace_memory_region entries[] = { a, b };
 
-	vm_ioctl(vm, KVM_SET_USER_MEMORY_REGIONS, &r.header);
+	vm_set_user_memory_regions(vm, ARRAY_SIZE(entries), entries);
 }
 
 static void split_other(void)
@@ -586,7 +583,7 @@ TEST_F(latency, once)
 		    FAULT_STAT, NR_FAULTS, NR_ACCESSES, min_faults);
 }
 
-/* If the guest has accessed the page, take that away and start a new access. */
+/* If the guest has accessed the page, take it away and start a new access. */
 static bool restart_access(void)
 {
 	if (pthread_tryjoin_np(vcpu_thread, NULL))

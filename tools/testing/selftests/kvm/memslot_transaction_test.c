@@ -13,8 +13,8 @@
  *  - faults: each allocation fails in turn, on kernels with
  *    FAILSLAB.  vmalloc() reports its failed allocations with a call trace.
  *
- * With -p, the test only measures: page faults, and the replacement of 128 slots,
- * one by one and in one transaction.
+ * With -p, the test only measures: page faults, the replacement of 128 slots, one
+ * by one and in one transaction, and the split of a slot whose pages are all dirty.
  *
  * What a vCPU sees is probed page by page: the value that the host wrote to the
  * page, or that there is no slot, and whether the page is writable.
@@ -829,8 +829,8 @@ static void assert_bits(const char *what, const struct layout *l, const bool *di
 }
 
 /*
- * Change the layout and check the dirty bits.  Pages that were in no slot have the
- * initial value @fresh, all others keep their dirty bits.
+ * Change the layout and check the dirty bits.  The bits of pages that were in no
+ * slot have the initial value @fresh; all other pages keep their bits.
  */
 static void change_and_check(const char *what, const struct layout *from,
 			     const struct layout *to, bool *dirty, bool fresh)
@@ -992,7 +992,7 @@ TEST_F(transaction, dirty_ring)
 	set_regions("dirty ring, create",
 		    regions(region(0, 0, 4, 0, log), region(1, 4, 4, 4, 0)), 1);
 
-	/* No vCPU looks at the layout. */
+	/* This VM has no vCPU, so the layout cannot be probed. */
 	for (i = 0; i < ARRAY_SIZE(cases); i++)
 		check_error(cases[i], NULL);
 
@@ -1047,7 +1047,8 @@ static bool fail_nth(int n, struct regions *r, int *error)
  *
  * Other code, such as kmemleak and memcg, allocates memory on behalf of KVM, and not
  * the same number of times in each round.  The nth allocation may belong to such
- * code, which does no harm, or it may be one of KVM that has failed before.
+ * code; then its failure does no harm.  Or it may be an allocation of KVM that has
+ * already failed in an earlier round.
  */
 static int try_faults(struct regions *r)
 {

@@ -547,7 +547,10 @@ static void host_restore_again(void)
 	check_restore_fails();
 }
 
-/* Without collections, the first device is mapped already. */
+/*
+ * The first restore has unmapped all collections, but no device.  The second one
+ * fails on the first device.
+ */
 static void host_restore_twice(void)
 {
 	host_restore_again();
@@ -758,7 +761,10 @@ static void test_invalid_msi(bool warm)
 		{ "event of the other device", DB0, DEVID, DEV_B, 1, 0 },
 		{ "EventID that does not fit the device", DB0, DEVID, DEV_A,
 		  1 << EVENT_BITS, 0 },
-		/* In a combined index, these would alias event 0 of devices 1 and 2. */
+		/*
+		 * If both IDs were combined into one index, these could have the
+		 * index of event 0 of device 1 or 2.
+		 */
 		{ "EventID beyond 16 bits", DB0, DEVID, 0, DEV_A << 16, 0 },
 		{ "EventID beyond 16 bits, next device", DB0, DEVID, DEV_A,
 		  1 << 16, 0 },
@@ -808,7 +814,7 @@ TEST(invalid_msi_warm)
 	test_invalid_msi(true);
 }
 
-/* One collection more than a table of one page has entries, of 8 bytes each */
+/* One more than the number of entries, of 8 bytes each, in a table of one page */
 #define NR_COLLECTIONS	(ITS_COLLECTION_TABLE_SIZE / 8 + 1)
 
 static void guest_set_collection_table_pages(unsigned int nr_pages)
@@ -903,7 +909,7 @@ static void make_pending(uint64_t doorbell, uint32_t device_id)
 	TEST_ASSERT(ret == 1, "Expected KVM_SIGNAL_MSI to return 1, got %d", ret);
 }
 
-/* No LPI is referenced, except by the ITEs that map it. */
+/* Every LPI that is allocated is mapped by an ITE. */
 static void check_no_unmapped_lpi(const char *what)
 {
 	check_vm_stat(what, "lpis_allocated", vm_get_stat(vm, "lpis"));
@@ -984,8 +990,8 @@ static void guest_fill_cmdq(void)
 }
 
 /*
- * Execute all commands in the queue except the last one again.  It is the first one
- * the next time.
+ * Execute all commands in the queue again, except the last one: the queue is empty
+ * if GITS_CWRITER equals GITS_CREADR.  The next call starts with that command.
  */
 static void guest_rerun_cmdq(void)
 {
@@ -1099,8 +1105,8 @@ static void guest_lpis_enable(void)
 }
 
 /*
- * The INTID is mapped again while the old LPI is still on the ap_list of vCPU 0.
- * The new LPI must not inherit any state of the old one.
+ * The INTID of a pending LPI is mapped again before vCPU 0 runs.  The new LPI must
+ * not inherit any state of the old one.
  */
 TEST(remap_pending)
 {
@@ -1516,12 +1522,15 @@ TEST(mapti_nomem)
 			check_vm_stat("DISCARD", "lpis", ARRAY_SIZE(msis));
 		}
 
-		/* fail-nth is not 0: MAPTI made fewer allocations than that. */
+		/* fail-nth is not 0 if MAPTI made fewer than nth allocations. */
 		if (atoi(buf))
 			break;
 	}
 
-	/* Those of the ITE and the LPI.  xarrays retry to allocate a node. */
+	/*
+	 * MAPTI fails if the ITE or the LPI cannot be allocated.  xarrays retry the
+	 * allocation of a node.
+	 */
 	TEST_ASSERT(nr_failed >= 2, "Expected at least 2 MAPTIs to fail, got %d",
 		    nr_failed);
 	pr_info("MAPTI without memory: failed in %d of %d ways\n", nr_failed,

@@ -463,7 +463,7 @@ static void report_commands(void)
 	movi = time_guest(guest_movi_all);
 	discard = time_guest(guest_discard_all);
 
-	pr_info("%u events mapped, less SYNC's %lu ns:\n", nr, sync / nr);
+	pr_info("%u events mapped, %lu ns of SYNC subtracted:\n", nr, sync / nr);
 	pr_info("perf: movi ns %ld\n", ((long)movi - (long)sync) / nr);
 	pr_info("perf: discard ns %ld\n", ((long)discard - (long)sync) / nr);
 }
@@ -487,7 +487,7 @@ static void run_only_inject(void)
 	first = raise_all();
 	/*
 	 * An irqfd hands an MSI that it cannot inject to a worker, which may not
-	 * run while this thread is busy.  Inject each LPI once by KVM_SIGNAL_MSI,
+	 * run while this thread is busy.  Inject each LPI once via KVM_SIGNAL_MSI,
 	 * so that a kernel that caches translations on first use has cached them.
 	 */
 	for (i = 0; i < nr_devices * nr_events; i++)

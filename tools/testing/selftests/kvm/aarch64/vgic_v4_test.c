@@ -8,7 +8,7 @@
  *
  * The proof of direct injection is the count of the MSI in /proc/interrupts: if
  * the host takes the MSI, the count rises, and VFIO signals the eventfd of the
- * irqfd, by which KVM injects the LPI in software.  A vLPI that the GIC delivers
+ * irqfd, which makes KVM inject the LPI in software.  A vLPI that the GIC delivers
  * does not change the count.
  *
  * At the end of each case, all interrupts that the host has allocated for the VM
@@ -79,7 +79,7 @@ static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpus[NR_VCPUS];
 static int gic_fd, kvm_vfio_fd, msi_fd;
 
-/* The device: its address, and what VFIO knows it by */
+/* The device: its PCI address, its VFIO file descriptors, and its BAR */
 static char edu[32];
 static int container_fd, group_fd, device_fd;
 static uint32_t *bar;
@@ -313,7 +313,7 @@ static uint64_t nr_msis(void)
 	return host_irqs("vfio-msi", NULL);
 }
 
-/* How often a vLPI has made the host look after a vCPU that is not running */
+/* How many doorbells the host has taken for vCPUs that were not running */
 static uint64_t nr_doorbells(void)
 {
 	return host_irqs("GICv4-vpe", NULL);
@@ -879,7 +879,7 @@ TEST_F(vgic_v4, discard)
 	check_vlpi("MAPTI, MSI enabled again", LPI_NEW, 1);
 }
 
-/* The irqfd is removed when it has lost its vLPI, and has an LPI again. */
+/* The irqfd is removed after DISCARD and MAPTI of its event. */
 TEST_F(vgic_v4, mapti)
 {
 	run_vcpu(vcpus[1], guest_discard_mapti);
@@ -888,7 +888,7 @@ TEST_F(vgic_v4, mapti)
 	check_vlpi("DISCARD, MAPTI, irqfd assigned again", LPI, 0);
 }
 
-/* The pending state goes with the mapping. */
+/* DISCARD of a vLPI removes its pending state, too. */
 TEST_F(vgic_v4, discard_pending)
 {
 	raise_msi();
@@ -992,8 +992,8 @@ TEST_F(vgic_v4, int_clear)
 }
 
 /*
- * KVM does not tell the GIC that a redistributor disables LPIs, so nothing is said
- * here about a vLPI that is raised meanwhile.
+ * KVM does not tell the GIC that a redistributor disables LPIs.  Do not check
+ * whether a vLPI that is raised meanwhile is delivered.
  */
 TEST_F(vgic_v4, lpis_disable)
 {
@@ -1048,7 +1048,7 @@ TEST_F(vgic_v4, route)
 	check_vlpi("first route, irqfd assigned again", LPI, 0);
 }
 
-/* An irqfd without a route is not forwarded by the route that it had before. */
+/* An irqfd without a route is not forwarded to the LPI of its previous route. */
 TEST_F(vgic_v4, route_removed)
 {
 	kvm_gsi_routing_write(vm, kvm_gsi_routing_create());
@@ -1063,12 +1063,13 @@ TEST_F(vgic_v4, route_removed)
 }
 
 /*
- * The irqfd, its route and the MSI change while the device raises the MSI.
+ * The irqfd and its route change, and the MSI is enabled, while the device raises
+ * the MSI.
  *
- * Not while VFIO disables the MSI: the host clears the message when it frees the
- * interrupt, and disables the MSI in the device after that.  What the device writes
- * in between is a fault of the SMMU, and reporting an endless stream of these is all
- * that the host does from then on.
+ * The device does not raise the MSI while VFIO disables it: the host clears the
+ * message when it frees the interrupt, and disables the MSI in the device after
+ * that.  Each MSI in between causes a fault of the SMMU, and the host would be busy
+ * reporting an endless stream of faults from then on.
  */
 TEST_F(vgic_v4, firing)
 {
@@ -1143,7 +1144,7 @@ TEST_F(vgic_v4, reset)
 	check_vlpi("mapped after reset, irqfd assigned again", LPI, 0);
 }
 
-/* A vLPI that KVM had made pending is delivered after it is forwarded. */
+/* An LPI that KVM has made pending is delivered after it has become a vLPI. */
 TEST_F(vgic_v4, forward_pending)
 {
 	deassign_irqfd();
@@ -1174,7 +1175,7 @@ TEST_F(vgic_v4, destroy_firing)
 	disable_msi();
 }
 
-/* The device goes first. */
+/* The device is closed before the VM is destroyed. */
 TEST_F(vgic_v4, device_closed)
 {
 	raise_msi();

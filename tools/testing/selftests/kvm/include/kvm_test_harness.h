@@ -2,11 +2,11 @@
 /*
  * kselftest_harness.h for KVM selftests.
  *
- * Each TEST() and TEST_F() is a case, with a point in the TAP.  It runs in a process
- * of its own: if it fails, crashes or hangs, the other cases still run.
+ * Each TEST() and TEST_F() is a case, and prints one TAP test point.  A case runs
+ * in a process of its own: if it fails, crashes or hangs, the other cases still run.
  * TEST_REQUIRE() skips the case; in main(), before run_cases(), it skips the test.
  *
- * If TEST_TIMEOUT is set in the environment, a case may take so many seconds.
+ * TEST_TIMEOUT in the environment sets the time limit of each case, in seconds.
  */
 #ifndef SELFTEST_KVM_TEST_HARNESS_H
 #define SELFTEST_KVM_TEST_HARNESS_H
@@ -19,7 +19,7 @@
 #include "kselftest_harness.h"
 #pragma pop_macro("ASSERT_EQ")
 
-/* The exit code by which a case tells kselftest_harness.h that it is skipped */
+/* The exit code with which a case tells kselftest_harness.h that it is skipped */
 #define CASE_SKIPPED	255
 
 /* Returns the case that this process runs, or NULL if it runs none. */
@@ -65,7 +65,10 @@ static void skip_case_at_exit(int status, void *unused)
 		_exit(CASE_SKIPPED);
 }
 
-/* A case is named, or "!" and its name leave it out.  Without a name, all cases run. */
+/*
+ * An argument NAME selects the case NAME, and !NAME excludes it.  If no case is
+ * selected, all cases run that are not excluded.
+ */
 static bool is_chosen(const char *name, char **args)
 {
 	bool chosen = true;
@@ -96,7 +99,7 @@ static bool is_case(const char *name)
 	return false;
 }
 
-/* Runs the cases that the arguments, a list that ends with NULL, choose. */
+/* Runs the cases that @args selects.  The last element of @args is NULL. */
 static int run_cases(char **args)
 {
 	const char *timeout = getenv("TEST_TIMEOUT");

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: GPL-2.0-only */
 /*
- * Memory whose missing pages a test provides itself, by userfaultfd
+ * Memory whose missing pages the test itself provides, via userfaultfd
  */
 #ifndef SELFTEST_KVM_UFFD_H
 #define SELFTEST_KVM_UFFD_H

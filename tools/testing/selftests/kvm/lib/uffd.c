@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0-only
 /*
- * Memory whose missing pages a test provides itself, by userfaultfd
+ * Memory whose missing pages the test itself provides, via userfaultfd
  */
 #include <poll.h>
 #include <sys/ioctl.h>

@@ -306,8 +306,9 @@ static void test_set_msrs(void)
 	wait_for_worker();
 	do {
 		/*
-		 * Nothing shows that the worker has got the page.  If it has not when
-		 * the page is dropped, it waits again; then give it more time.
+		 * The test cannot see when the worker has found the page.  If the page
+		 * is dropped before that, the worker waits again; then give it more
+		 * time.
 		 */
 		provide_page();
 		usleep(us);

@@ -322,7 +322,7 @@ static uint64_t runner_cpu_ns(struct runner *r)
 	clockid_t clock;
 
 	TEST_ASSERT(!pthread_getcpuclockid(r->thread, &clock) &&
-		    !clock_gettime(clock, &ts), "No CPU time of a thread");
+		    !clock_gettime(clock, &ts), "Reading the CPU time of a thread failed");
 	return timespec_to_ns(ts);
 }
 
@@ -1190,7 +1190,7 @@ TEST(save_restore)
 	kvm_vm_free(t.vm);
 }
 
-/* Without an in-kernel local APIC, HLT exits to userspace; flushes block. */
+/* Without an in-kernel local APIC, HLT exits to userspace, but flushes block. */
 TEST(userspace_apic)
 {
 	struct test_vm t = { .vp_index = vp_maps[0] };
@@ -1366,7 +1366,7 @@ TEST(page_in)
 	during = release_latency(&t);
 
 	TEST_ASSERT(!__atomic_load_n(&toucher.done, __ATOMIC_ACQUIRE),
-		    "The page-in has ended before the test ends it");
+		    "The page-in ended before the test provided the page");
 	uffd_provide(uffd, region->host_mem, NULL, PAGE_SIZE);
 	runner_join_sync(&toucher, 0);
 
@@ -1402,7 +1402,8 @@ static uint64_t flushers_blocked(struct test_vm *t)
  * come at any point of a flush.  A vCPU that misses a wake-up stays blocked
  * although no VP is inhibited.
  *
- * If the flushers get little time, none may have met a hold: go on until one has.
+ * If the flushers get little CPU time, all flushes may complete between the holds.
+ * Continue until at least one flush has been blocked.
  */
 TEST(race)
 {

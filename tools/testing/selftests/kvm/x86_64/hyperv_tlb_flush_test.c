@@ -427,7 +427,7 @@ static void guest_bench(struct hyperv_hcall_pages *pages,
 	GUEST_SYNC(0);
 }
 
-/* Print the time of each hypercall if it targets a vCPU that is not running. */
+/* Print the time of each hypercall.  It targets a vCPU that is not running. */
 static void bench(uint64_t count)
 {
 	vm_vaddr_t pages_gva, flush_gva;

@@ -10,8 +10,8 @@
  * - KVM writes to a page that has been freed: a thread allocates pages all the
  *   time and checks that they stay zero;
  * - KVM writes to a page of a child of fork(): each child checks its copy;
- * - a thread makes no progress, also at the end, when the chaos threads do nothing
- *   but drop pages;
+ * - a chaos thread makes no progress, or any thread makes none at the end, when the
+ *   chaos threads only drop pages and set shared_info to its old address;
  * - an event does not arrive after everything has stopped.
  */
 #define _GNU_SOURCE

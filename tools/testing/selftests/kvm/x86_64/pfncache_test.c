@@ -381,6 +381,9 @@ static pid_t start_process(void)
 	fflush(stdout);
 	pid = fork();
 	TEST_ASSERT(pid >= 0, "fork(): %s", strerror(errno));
+	/* Do not outlive a case that fails. */
+	if (!pid)
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
 	return pid;
 }
 
@@ -448,6 +451,9 @@ static void set_up(void)
 	int i;
 
 	prctl(PR_SET_CHILD_SUBREAPER, 1);
+	sh = mmap(NULL, sizeof(*sh), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
+		  -1, 0);
+	TEST_ASSERT(sh != MAP_FAILED, "mmap(): %s", strerror(errno));
 	if (has_gate)
 		write_file(SPIN_US, spin_us);
 	for (i = 0; i < NR_IRQFDS; i++) {
@@ -681,8 +687,8 @@ static void expect_waits_on(struct thread *t, uint64_t waited_ns)
 }
 
 /*
- * Two invalidations that overlap at the page end in either order.  Then two
- * invalidations have the same range.
+ * The ranges of two invalidations overlap at the page, and either of them ends
+ * first.  Then two invalidations have the same range.
  */
 static void expect_overlap(int gate[2])
 {
@@ -847,7 +853,7 @@ TEST_F(gate, kill)
 		attach_gate(gate);
 		set_shinfo(SHINFO_PAGE);
 
-		/* A process that shares the mm, so that SIGKILL does not end it. */
+		/* Another process, which survives the SIGKILL, shares the mm. */
 		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
 		TEST_ASSERT(clone(clone_fn, stack + 16 * page_size,
 				  CLONE_VM | CLONE_PARENT | SIGCHLD, NULL) > 0,
@@ -870,8 +876,9 @@ TEST_F(gate, kill)
 
 /*
  * The OOM reaper calls the hooks in a context in which they may not block, and so
- * does process_mrelease(), which reaps on demand.  Keep a thread of the process
- * even though it has a fatal signal, or the process would end before it is reaped.
+ * does process_mrelease(), which reaps on demand.  Hold a thread of the process at
+ * the gate despite its fatal signal; otherwise the process would end before it is
+ * reaped.
  */
 TEST_F(gate, oom)
 {
@@ -1113,6 +1120,7 @@ TEST_F(pfncache, released_mm)
 
 		heir = start_process();
 		if (!heir) {
+			prctl(PR_SET_PDEATHSIG, 0);
 			munmap(mem, NR_PAGES * page_size);
 			set(&sh->begun, 1);
 			wait_for(get(&sh->done));
@@ -1390,9 +1398,6 @@ int main(int argc, char *argv[])
 	has_gate = !access("/dev/test_mmu_gate", R_OK | W_OK);
 	if (has_gate)
 		read_text(SPIN_US, spin_us, sizeof(spin_us));
-	sh = mmap(NULL, sizeof(*sh), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
-		  -1, 0);
-	TEST_ASSERT(sh != MAP_FAILED, "mmap(): %s", strerror(errno));
 
 	if (measurement) {
 		measure(measurement);

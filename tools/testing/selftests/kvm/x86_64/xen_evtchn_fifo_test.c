@@ -2,9 +2,9 @@
 /*
  * Test Xen FIFO event channels
  *
- * Each case creates its own VMs.  The guest consumes the queues where upcalls have to
- * wake it up.  In cases that check the order of ports or stop while ports are in a
- * queue, the host consumes the queues, with the same code.
+ * Each case creates its own VMs.  In cases in which upcalls have to wake up the guest,
+ * the guest consumes the queues.  In cases that check the order of ports or stop while
+ * ports are in a queue, the host consumes them, with the same code.
  *
  * With -p, the test only measures the cost of delivering an event.
  */
@@ -1202,7 +1202,7 @@ TEST(absent)
 	fifo_vm_free(f);
 }
 
-/* Setting the vcpu_info raises an upcall that was recorded without vcpu_info. */
+/* KVM_RUN raises an upcall that was recorded while the vcpu_info was not set. */
 TEST(upcall)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
@@ -1710,7 +1710,7 @@ TEST(restore_order)
 	for (variant = 0; variant < 8; variant++) {
 		saved->vm_vector = variant & 1;
 		saved->raised = variant & 2;
-		/* The event of a timer injects the vector, for other events as well. */
+		/* The timer's upcall makes the guest handle other events, too. */
 		saved->timer = variant & 4;
 		saved->memory[VCPU_INFO_PAGE * PAGE_SIZE] = saved->raised;
 		for (i = 0; i < tries; i++) {
@@ -2230,7 +2230,7 @@ static void measure(bool fifo, int method, uint64_t nr, uint64_t step)
 		perf_clear(f, &c, fifo);
 	}
 
-	printf("perf: xen-%s-%s-%lu-ports instructions %lu\n",
+	printf("perf: xen-%s-%s-%lu-ports ns %lu\n",
 	       fifo ? "fifo" : "2level", names[method], nr, spent / (rounds * nr));
 	if (method == BY_IRQFD)
 		irqfds_destroy(f, nr, fds);
@@ -2262,7 +2262,7 @@ static void print_usage(const char *name)
 {
 	printf("usage: %s [-n EVENTS] [-s SEED] [-p] [CASE...]\n"
 	       "  -n  number of events of each producer in mask and soak; hostile sends\n"
-	       "      ten times as many; restore-order tries a thirtieth of it\n"
+	       "      ten times as many; restore_order tries a thirtieth as many orders\n"
 	       "  -p  only measure the cost of deliveries\n"
 	       "  -s  seed for random choices\n"
 	       "  CASE: run only this one; !CASE: run all but this one\n", name);

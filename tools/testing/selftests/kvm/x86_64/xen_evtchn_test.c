@@ -236,7 +236,7 @@ static void irqfd_destroy(struct xen_vm *x, int fd)
 	kvm_irqfd_destroy(x->vm, GSI, fd);
 }
 
-/* The event is delivered before this returns, unless a page is absent. */
+/* The event is delivered before this returns, unless the vcpu_info is absent. */
 static void send_by_irqfd(struct xen_vm *x, uint32_t port, int vcpu)
 {
 	int fd = irqfd_create(x, port, vcpu);
@@ -559,7 +559,7 @@ static void *thread_get_attr(void *arg)
 
 /*
  * A port is assigned and deassigned while other threads update it and a vCPU
- * sends to it.  KASAN reports a use after free.
+ * sends to it.  KASAN reports if KVM uses the port after it was freed.
  */
 TEST(port_table)
 {
@@ -939,7 +939,7 @@ static void assert_deadline(struct xen_vm *x, bool compat, uint64_t expected)
 	uint64_t expires = get_vcpu_attr(x->vcpus[0],
 					 KVM_XEN_VCPU_ATTR_TYPE_TIMER).u.timer.expires_ns;
 
-	TEST_ASSERT(expires == expected, "hypercall of %d bits: deadline %#lx, expected %#lx",
+	TEST_ASSERT(expires == expected, "%d-bit hypercall: deadline %#lx, expected %#lx",
 		    compat ? 32 : 64, expires, expected);
 }
 
@@ -1124,7 +1124,7 @@ TEST(pending_upcall)
 	run_immediate(vcpu);
 	TEST_ASSERT(vector_requested(vcpu), "vector set last: not injected, expected it to be");
 
-	/* The vector of the VM wakes up a vCPU that is halted. */
+	/* Setting the vector of the VM wakes up a vCPU that is halted. */
 	vcpu = vm_vcpu_add(x->vm, 3, guest_halt_for_upcall);
 	x->vcpus[0] = vcpu;
 	set_vcpu_info(x, 0);
@@ -1140,9 +1140,9 @@ TEST(pending_upcall)
 }
 
 /*
- * When EFER.SVME is cleared, KVM looks for interrupts, and thus at vcpu_info, whose
- * page it has to look up again.  On a debug kernel, this finds a use of memslots
- * outside of kvm->srcu.
+ * When EFER.SVME is cleared, KVM checks for interrupts, and reads vcpu_info.  The
+ * page of vcpu_info is absent, so KVM has to look up the memslot.  On a debug
+ * kernel, this finds a use of memslots outside of kvm->srcu.
  */
 TEST(set_sregs_svme)
 {
@@ -1467,7 +1467,7 @@ static uint64_t pvclock_read(volatile struct pvclock *clock)
 	return ns;
 }
 
-/* Returns the maximum time, in ns of the guest's clock, that a timer is early. */
+/* Reports by how many ns of the guest's clock the earliest timer was too early. */
 static void guest_time_timer(void)
 {
 	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
@@ -1762,7 +1762,7 @@ TEST(wall_clock_preempted)
 	xen = (void *)shared_page(x, SHINFO_PAGE) + XEN_SHINFO_WALL_CLOCK;
 	kvm = (void *)shared_page(x, TIME_INFO_PAGE);
 
-	/* The master clock is set up when the vCPU runs first. */
+	/* The master clock is set up when the vCPU runs for the first time. */
 	vcpu_run_to_sync(x->vcpus[0]);
 	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
 	__TEST_REQUIRE(clock.flags & KVM_CLOCK_REALTIME, "the master clock is not in use");
@@ -1870,7 +1870,7 @@ TEST(upcall_vector)
 		set_lapic(vcpu, true);
 		ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
 		x->vcpus[0] = vcpu;
-		/* No pending event may raise the vector already. */
+		/* Clear the event that was sent to the previous vCPU. */
 		clear_pages(x);
 		set_vcpu_info(x, 0);
 
@@ -2146,7 +2146,7 @@ TEST(restore_order)
 	for (variant = 0; variant < 8; variant++) {
 		saved->vm_vector = variant & 1;
 		saved->raised = variant & 2;
-		/* The event of a timer injects the vector, for other events as well. */
+		/* The timer's upcall makes the guest handle other events, too. */
 		saved->timer = variant & 4;
 		memset(saved->memory, 0, sizeof(saved->memory));
 		saved->memory[SHINFO_PAGE * PAGE_SIZE + XEN_SHINFO_PENDING + SAVED_PORT / 8] =

@@ -9,7 +9,7 @@
 #include "kvm_util.h"
 #include "processor.h"
 
-/* As the address or gfn of a page in an attribute: remove the page. */
+/* Set as the address or gfn in an attribute, this value removes the page. */
 #define GPA_INVALID				(~0ul)
 
 /* Arbitrarily chosen from the MSRs that are reserved for hypervisors. */
@@ -40,8 +40,9 @@
 #define XEN_SHINFO_COMPAT_MASK			0x880
 
 /*
- * Offsets of the wall clock.  In the layout of 32-bit guests, the upper half of
- * the seconds is not next to the lower half.
+ * Offsets of the wall clock.  The upper half of the seconds follows the rest of
+ * the wall clock in the layout of 64-bit guests, but not in that of 32-bit
+ * guests.
  */
 #define XEN_SHINFO_WALL_CLOCK			0xc00
 #define XEN_SHINFO_COMPAT_WALL_CLOCK		0x900
@@ -92,7 +93,7 @@ static inline uint64_t xen_nr_orders(int nr)
 	return nr ? nr * xen_nr_orders(nr - 1) : 1;
 }
 
-/* Stores in @order, of @nr steps, the order with number @n. */
+/* Stores order number @n of @nr steps in @order. */
 static inline void xen_get_order(uint64_t n, int *order, int nr)
 {
 	uint64_t nr_orders = xen_nr_orders(nr);

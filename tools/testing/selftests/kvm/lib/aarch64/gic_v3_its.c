@@ -39,10 +39,10 @@
 #define ITS_MEMSLOT		10
 
 /*
- * Create @nr_its ITSes at consecutive addresses from @base_gpa.  Allocate the
- * tables of the ITSes and of @nr_vcpus redistributors, and @itt_size bytes for
- * interrupt translation tables, from @tables_gpa.  Enable all LPIs in the
- * configuration table.
+ * Create @nr_its ITSes at consecutive addresses, starting at @base_gpa.  Starting
+ * at @tables_gpa, allocate the tables of the ITSes and of @nr_vcpus
+ * redistributors, and @itt_size bytes for interrupt translation tables.  Enable
+ * all LPIs in the configuration table.
  */
 void vgic_its_setup(struct kvm_vm *vm, struct its *its, unsigned int nr_its,
 		    uint64_t base_gpa, struct lpi_tables *tables,
