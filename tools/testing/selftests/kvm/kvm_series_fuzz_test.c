@@ -2419,7 +2419,7 @@ static void watch(pid_t child, uint64_t end_ns)
 			report(child, "a thread has been in uninterruptible sleep for %u s",
 			       bound_secs);
 		if (now_ns() > end_ns + 2 * bound_secs * NSEC_PER_SEC)
-			report(child, "expected the round to end within %u s after its time was over",
+			report(child, "expected the round to end within %u s after its time",
 			       2 * bound_secs);
 	}
 	close(pidfd);
@@ -2584,8 +2584,8 @@ TEST(random_calls)
 		check_memory("after all rounds", before, MEMORY_BOUND);
 	for (i = 0; i < NR_OPS; i++)
 		calls += shared->counts[i].calls;
-	pr_info("# seed %lu: %lu rounds, %lu calls, %lu guest operations, %lu pages provided\n", seed,
-		shared->rounds, calls, shared->guest_ops, shared->pages_provided);
+	pr_info("# seed %lu: %lu rounds, %lu calls, %lu guest operations, %lu pages provided\n",
+		seed, shared->rounds, calls, shared->guest_ops, shared->pages_provided);
 	if (verbose)
 		print_counts();
 	check_progress();

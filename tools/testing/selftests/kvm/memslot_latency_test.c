@@ -13,6 +13,8 @@
  *  - gone_async: the same if KVM's worker for asynchronous page faults waits for the
  *    page (x86).
  *  - shmem, hugetlb: like wait, with other memory than anonymous memory.
+ *  - ioeventfd: the vCPU holds kvm->srcu while it waits, because KVM updates the steal
+ *    time in the page.  Adding ioeventfds must complete before the page arrives.
  *  - once: if no memslot changes meanwhile, the guest faults once, and not again when
  *    the page has arrived.
  *  - race: the page is repeatedly taken away as soon as it has arrived, and stays in
@@ -27,12 +29,17 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <time.h>
 #include <unistd.h>
 
 #include <linux/sizes.h>
+
+#ifdef __x86_64__
+#include <asm/kvm_para.h>
+#endif
 
 #include <test_util.h>
 #include <kvm_test_harness.h>
@@ -51,6 +58,9 @@
 
 #define DATA_VALUE		0x600dull
 #define NO_SLOT			0xdeadull
+
+#define STEAL_TIME_OFFSET	64
+#define NR_IOEVENTFDS		5
 
 /*
  * Much longer than a change takes even on a slow machine.  A change that is not
@@ -543,6 +553,65 @@ static void make_access(const char *what)
 	wait_for_fault();
 	provide_page();
 	finish_access(what, DATA_VALUE);
+}
+
+/* Let KVM store the steal time of the vCPU at @gpa.  Returns false if it cannot. */
+static bool set_steal_time(uint64_t gpa)
+{
+#ifdef __x86_64__
+	if (!kvm_cpu_has(X86_FEATURE_KVM_STEAL_TIME))
+		return false;
+	vcpu_set_msr(vcpu, MSR_KVM_STEAL_TIME, gpa | KVM_MSR_ENABLED);
+#else
+	struct kvm_device_attr attr = {
+		.group = KVM_ARM_VCPU_PVTIME_CTRL,
+		.attr = KVM_ARM_VCPU_PVTIME_IPA,
+		.addr = (uint64_t)&gpa,
+	};
+
+	if (__vcpu_ioctl(vcpu, KVM_HAS_DEVICE_ATTR, &attr))
+		return false;
+	vcpu_ioctl(vcpu, KVM_SET_DEVICE_ATTR, &attr);
+#endif
+	return true;
+}
+
+static void set_ioeventfds(int fd, uint32_t flags)
+{
+	struct kvm_ioeventfd args = { .len = 4, .fd = fd, .flags = flags };
+	int i;
+
+	for (i = 0; i < NR_IOEVENTFDS; i++) {
+		args.addr = OTHER_GPA + i * args.len;
+		vm_ioctl(vm, KVM_IOEVENTFD, &args);
+	}
+}
+
+static int ioeventfd;
+
+static void add_ioeventfds(void)
+{
+	set_ioeventfds(ioeventfd, 0);
+}
+
+TEST_F(latency, ioeventfd)
+{
+	uint64_t ns;
+	struct change c = { "ioeventfd", add_ioeventfds, &ns };
+
+	TEST_REQUIRE(set_steal_time(DATA_GPA + STEAL_TIME_OFFSET));
+	ioeventfd = eventfd(0, 0);
+	TEST_ASSERT(ioeventfd >= 0, "eventfd(): errno %d", errno);
+
+	drop_page();
+	start_access();
+	wait_for_fault();
+	make_change(&c);
+	provide_page();
+	finish_access("ioeventfd", DATA_VALUE);
+
+	set_ioeventfds(ioeventfd, KVM_IOEVENTFD_FLAG_DEASSIGN);
+	close(ioeventfd);
 }
 
 /*
