@@ -447,7 +447,7 @@ static void change_region(struct thread *t, struct kvm_userspace_memory_region *
 static void op_set_layout(struct thread *t)
 {
 	uint64_t page = 0, end = one_in(t, 2) ? WINDOW_PAGES : 1 + rnd(t, WINDOW_PAGES);
-	struct regions r = { .head.nent = NR_SLOTS };
+	struct regions r = { .head.nent = NR_SLOTS, .head.entry_size = sizeof(r.entries[0]) };
 	char *mem = one_in(t, 2) ? anon_mem : shmem;
 	uint32_t flags = one_in(t, 2) ? KVM_MEM_LOG_DIRTY_PAGES : 0;
 	uint32_t first = rnd(t, NR_SLOTS);
@@ -498,6 +498,8 @@ static void op_set_regions(struct thread *t)
 		r.entries[i] = random_region(t);
 	r.head.as_id = one_in(t, 32) ? wild(t) : 0;
 	r.head.flags = one_in(t, 32) ? wild(t) : 0;
+	r.head.entry_size = one_in(t, 32) ? rnd(t, sizeof(r.entries[0])) : sizeof(r.entries[0]);
+	r.head.pad = one_in(t, 32) ? wild(t) : 0;
 	set_regions(t, &r);
 }
 

@@ -12,6 +12,10 @@
  *    populate the memory, and the guest must find none.
  *  - gone_async: the same if KVM's worker for asynchronous page faults waits for the
  *    page (x86).
+ *  - gone_two: two slots are deleted, each with a page that a vCPU waits for.  One of
+ *    the deletions must complete when its page has arrived, whatever the other needs.
+ *  - interrupts: the deletion of a slot cannot complete, because a vCPU holds kvm->srcu.
+ *    Another vCPU, which accesses the slot, must take interrupts meanwhile (x86).
  *  - shmem, hugetlb: like wait, with other memory than anonymous memory.
  *  - ioeventfd: the vCPU holds kvm->srcu while it waits, because KVM updates the steal
  *    time in the page.  Adding ioeventfds must complete before the page arrives.
@@ -46,6 +50,9 @@
 #include <kvm_util.h>
 #include <processor.h>
 #include <uffd.h>
+#ifdef __x86_64__
+#include <apic.h>
+#endif
 
 /* Arbitrarily chosen, above the addresses that the library uses. */
 #define DATA_GPA		SZ_1G
@@ -545,6 +552,74 @@ TEST_F(latency, gone_async)
 }
 #endif
 
+static void *other_data;
+
+static void guest_read_other(void)
+{
+	GUEST_SYNC(READ_ONCE(*(uint64_t *)OTHER_GPA));
+}
+
+static void set_other_data(size_t size)
+{
+	vm_set_user_memory_region(vm, DATA_SLOT_2, 0, OTHER_GPA, size, other_data);
+}
+
+static void *run_worker(void *vcpu)
+{
+	vcpu_run(vcpu);
+	return NULL;
+}
+
+static void *delete_other_data_worker(void *unused)
+{
+	set_other_data(0);
+	return NULL;
+}
+
+TEST_F(latency, gone_two)
+{
+	uint64_t ns;
+	struct change c = { "delete the first slot", delete_data, &ns };
+	struct kvm_vcpu *reader = vm_vcpu_add(vm, 1, guest_read_other);
+	pthread_t reader_thread, delete_thread;
+	uint64_t grace_periods;
+	int other_uffd;
+
+	other_data = mmap(NULL, page_size, PROT_READ | PROT_WRITE,
+			  MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(other_data != MAP_FAILED, "mmap(): errno %d", errno);
+	virt_map(vm, OTHER_GPA, OTHER_GPA, page_size / vm->page_size);
+	set_other_data(page_size);
+	other_uffd = uffd_register(other_data, page_size, 0);
+
+	drop_page();
+	start_access();
+	wait_for_fault();
+	start_change(&c);
+	TEST_ASSERT(!wait_for_change(NO_WAIT_MS),
+		    "%s: complete, expected a wait for the vCPU's page", c.name);
+
+	reader_thread = start_thread(run_worker, reader);
+	uffd_wait_for_fault(other_uffd);
+	grace_periods = vm_get_stat(vm, "memslot_grace_periods");
+	delete_thread = start_thread(delete_other_data_worker, NULL);
+	/* The slot is gone, and slots_lock is free: the deletion waits for the page. */
+	wait_for(vm_get_stat(vm, "memslot_grace_periods") == grace_periods + 2);
+	create_other();
+	delete_other();
+	TEST_ASSERT(pthread_tryjoin_np(delete_thread, NULL) == EBUSY,
+		    "expected the second deletion to wait for its page");
+	uffd_provide(other_uffd, other_data, NULL, page_size);
+	join_thread(delete_thread, "the second deletion, whose page has arrived");
+	join_thread(reader_thread, "the reader of the second slot");
+
+	TEST_ASSERT(!wait_for_change(0), "%s: complete, expected a wait for the vCPU's page",
+		    c.name);
+	provide_page();
+	TEST_ASSERT(wait_for_change(TIMEOUT_SECONDS * 1000), "%s: not complete", c.name);
+	finish_access("gone_two", NO_SLOT);
+}
+
 /* An access that waits for the page, which then arrives. */
 static void make_access(const char *what)
 {
@@ -575,6 +650,109 @@ static bool set_steal_time(uint64_t gpa)
 #endif
 	return true;
 }
+
+#ifdef __x86_64__
+#define TOUCHED_GPA		(OTHER_GPA + SZ_256M)
+#define NR_TOUCHED_PAGES	4096
+#define TOUCHED_SIZE		(NR_TOUCHED_PAGES * 4096ul)
+/* Interrupts without any progress of the guest otherwise */
+#define NR_INTERRUPTS		10
+#define VECTOR			0x40
+
+/* Shared with the guest. */
+static uint64_t nr_interrupts, nr_touched;
+
+static void handle_interrupt(struct ex_regs *regs)
+{
+	WRITE_ONCE(nr_interrupts, nr_interrupts + 1);
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+/* Touch a new page for each interrupt. */
+static void guest_touch(void)
+{
+	uint64_t seen;
+	int i;
+
+	x2apic_enable();
+	asm volatile("sti");
+	for (i = 0; i < NR_TOUCHED_PAGES; i++) {
+		seen = READ_ONCE(nr_interrupts);
+		READ_ONCE(*(uint64_t *)(TOUCHED_GPA + i * 4096ul));
+		WRITE_ONCE(nr_touched, i + 1);
+		while (READ_ONCE(nr_interrupts) == seen)
+			cpu_relax();
+	}
+	GUEST_DONE();
+}
+
+static void *touched;
+
+static void set_touched(size_t size)
+{
+	vm_set_user_memory_region(vm, OTHER_SLOT, 0, TOUCHED_GPA, size, touched);
+}
+
+static void delete_touched(void)
+{
+	set_touched(0);
+}
+
+TEST_F(latency, interrupts)
+{
+	uint64_t ns, *interrupts, *pages, before, i;
+	struct change c = { "delete the touched slot", delete_touched, &ns };
+	struct kvm_vcpu *toucher = vm_vcpu_add(vm, 1, guest_touch);
+	struct kvm_msi msi = {
+		.address_lo = APIC_DEFAULT_GPA | toucher->id << 12,
+		.data = VECTOR,
+	};
+	pthread_t thread;
+	int ret;
+
+	TEST_REQUIRE(set_steal_time(DATA_GPA + STEAL_TIME_OFFSET));
+
+	vm_init_descriptor_tables(vm);
+	vcpu_init_descriptor_tables(toucher);
+	vm_install_exception_handler(vm, VECTOR, handle_interrupt);
+	touched = mmap(NULL, TOUCHED_SIZE, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(touched != MAP_FAILED, "mmap(): errno %d", errno);
+	madvise(touched, TOUCHED_SIZE, MADV_NOHUGEPAGE);
+	set_touched(TOUCHED_SIZE);
+	virt_map(vm, TOUCHED_GPA, TOUCHED_GPA, NR_TOUCHED_PAGES);
+	interrupts = addr_gva2hva(vm, (vm_vaddr_t)&nr_interrupts);
+	pages = addr_gva2hva(vm, (vm_vaddr_t)&nr_touched);
+
+	thread = start_thread(run_worker, toucher);
+	wait_for(READ_ONCE(*pages));
+
+	drop_page();
+	start_access();
+	wait_for_fault();
+	start_change(&c);
+
+	/* Until the guest is stuck at a page of the slot, but takes interrupts. */
+	do {
+		before = READ_ONCE(*pages);
+		for (i = 0; i < NR_INTERRUPTS; i++) {
+			uint64_t n = READ_ONCE(*interrupts);
+
+			ret = __vm_ioctl(vm, KVM_SIGNAL_MSI, &msi);
+			TEST_ASSERT(ret == 1, "KVM_SIGNAL_MSI: expected 1, got %d, errno %d",
+				    ret, errno);
+			wait_for(READ_ONCE(*interrupts) > n);
+		}
+	} while (READ_ONCE(*pages) != before);
+	TEST_ASSERT(before < NR_TOUCHED_PAGES, "expected the guest to be stuck, it is done");
+	TEST_ASSERT(!wait_for_change(0), "%s: complete, expected a wait for kvm->srcu", c.name);
+
+	provide_page();
+	TEST_ASSERT(wait_for_change(TIMEOUT_SECONDS * 1000), "%s: not complete", c.name);
+	finish_access("interrupts", DATA_VALUE);
+	join_thread(thread, "the vCPU that touches pages");
+}
+#endif
 
 static void set_ioeventfds(int fd, uint32_t flags)
 {

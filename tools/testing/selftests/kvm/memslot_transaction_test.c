@@ -64,6 +64,8 @@ struct page_state {
 	bool writable;
 };
 
+#define ENTRY_SIZE		sizeof(struct kvm_userspace_memory_region)
+
 struct regions {
 	struct kvm_userspace_memory_regions header;
 	struct kvm_userspace_memory_region entries[MAX_REGIONS + 1];
@@ -208,6 +210,7 @@ static struct regions *new_regions(int n, const struct kvm_userspace_memory_regi
 
 	TEST_ASSERT(r, "calloc() failed");
 	r->header.nent = n;
+	r->header.entry_size = sizeof(*entries);
 	memcpy(r->entries, entries, n * sizeof(*entries));
 	return r;
 }
@@ -309,6 +312,33 @@ static struct regions *with(struct regions *r, int i, uint32_t flags, uint64_t g
 	return r;
 }
 
+static struct regions *with_pad(struct regions *r, uint32_t pad)
+{
+	r->header.pad = pad;
+	return r;
+}
+
+static struct regions *with_entry_size(struct regions *r, uint32_t size)
+{
+	r->header.entry_size = size;
+	return r;
+}
+
+/*
+ * Double the size of the two entries of @r.  The additional bytes are zero, except for
+ * the last one of entry @i, which is @value.
+ */
+static struct regions *with_large_entries(struct regions *r, int i, uint8_t value)
+{
+	struct kvm_userspace_memory_region *entries = r->entries;
+
+	entries[2] = entries[1];
+	memset(&entries[1], 0, ENTRY_SIZE);
+	memset(&entries[3], 0, ENTRY_SIZE);
+	*((uint8_t *)&entries[2 * i + 2] - 1) = value;
+	return with_entry_size(r, 2 * ENTRY_SIZE);
+}
+
 static struct regions *with_header(struct regions *r, uint32_t flags, uint32_t as_id,
 				   uint32_t nent)
 {
@@ -383,6 +413,16 @@ TEST_F(transaction, errors)
 		  with_header(regions(shrink_0), 0, 0, 0) },
 		{ "too many entries", E2BIG, MAX_REGIONS + 1,
 		  with_header(regions(shrink_0), 0, 0, MAX_REGIONS + 1) },
+		{ "padding", EINVAL, 2,
+		  with_pad(regions(shrink_0, move_1), 1) },
+		{ "no entry size", EINVAL, 2,
+		  with_entry_size(regions(shrink_0, move_1), 0) },
+		{ "entry size too small", EINVAL, 2,
+		  with_entry_size(regions(shrink_0, move_1), ENTRY_SIZE - 1) },
+		{ "entry size too large", E2BIG, 2,
+		  with_entry_size(regions(shrink_0, move_1), page_size + 1) },
+		{ "entry with unknown fields", E2BIG, 1,
+		  with_large_entries(regions(shrink_0, move_1), 1, 1) },
 		{ "unknown flag of an entry", EINVAL, 1,
 		  with(regions(shrink_0, move_1), 1, 1u << 15, 0, 0, 0) },
 		{ "internal slot", EINVAL, 1,
@@ -440,14 +480,24 @@ TEST_F(transaction, errors)
 	TEST_ASSERT(last_page != MAP_FAILED, "mmap() failed: %d", errno);
 	munmap(last_page + page_size, page_size);
 	r = last_page + page_size - sizeof(r->header);
-	r->header = (struct kvm_userspace_memory_regions) { .nent = 1, .fail_index = 7 };
+	r->header = (struct kvm_userspace_memory_regions) {
+		.nent = 1,
+		.entry_size = sizeof(r->entries[0]),
+		.fail_index = 7,
+	};
 	ret = __set_regions(r);
 	TEST_ASSERT(ret == -1 && errno == EFAULT, "no entries: expected errno %d, got %d",
 		    EFAULT, ret ? errno : 0);
-	TEST_ASSERT(r->header.fail_index == 1, "no entries: expected fail_index 1, got %u",
+	TEST_ASSERT(!r->header.fail_index, "no entries: expected fail_index 0, got %u",
 		    r->header.fail_index);
 	munmap(last_page, page_size);
 	assert_layout("inaccessible arguments", layout);
+
+	set_regions("large entries", with_large_entries(regions(shrink_0, move_1), 0, 0), 2);
+	expect_hole(layout, 0, NR_PAGES);
+	expect(layout, 0, 2, 0, true);
+	expect(layout, 12, 4, 4, true);
+	assert_layout("large entries", layout);
 
 	clean(0, 4);
 }
