@@ -37,17 +37,22 @@ static struct kvm_vm *create_vm(struct kvm_vcpu **vcpu,
 	return vm;
 }
 
+static uint32_t nr_entries(void)
+{
+	return (getpagesize() - sizeof(struct kvm_coalesced_mmio_ring)) /
+	       sizeof(struct kvm_coalesced_mmio);
+}
+
 TEST(full)
 {
 	struct kvm_coalesced_mmio_ring *ring;
-	uint32_t max, first, i;
+	uint32_t max = nr_entries(), first, i;
 	struct kvm_coalesced_mmio *entry;
 	uint64_t written = 0, value;
 	struct kvm_vcpu *vcpu;
 	struct kvm_vm *vm;
 
 	vm = create_vm(&vcpu, &ring);
-	max = (getpagesize() - sizeof(*ring)) / sizeof(ring->coalesced_mmio[0]);
 
 	for (first = 0; first < max; first += 13) {
 		ring->first = first;
@@ -79,7 +84,7 @@ TEST(full)
 /* If last is the index of no existing entry, the write exits and stores nothing. */
 TEST(bad_last)
 {
-	static const uint32_t lasts[] = { 170, 1u << 31, ~0u };
+	const uint32_t lasts[] = { nr_entries(), 1u << 31, ~0u };
 	struct kvm_coalesced_mmio_ring *ring;
 	struct kvm_vcpu *vcpu;
 	struct kvm_vm *vm;
