@@ -36,6 +36,10 @@
 #define NR_VCPUS	2
 #define NR_ITS		2
 
+/* Upper bounds for a VM with other vCPUs, see create_vm_with_ids() */
+#define MAX_VCPUS	3
+#define MAX_VCPU_IDS	4
+
 #define GICD_BASE_GPA	0x8000000ULL
 #define GICR_BASE_GPA	0x80a0000ULL
 #define ITS_BASE_GPA	0x8200000ULL
@@ -64,10 +68,11 @@ static void (*before_eoi)(void);
 static struct {
 	uint32_t nr;
 	uint32_t intid;
-} delivered[NR_VCPUS];
+} delivered[MAX_VCPU_IDS];
 
 static struct kvm_vm *vm;
-static struct kvm_vcpu *vcpus[NR_VCPUS];
+static struct kvm_vcpu *vcpus[MAX_VCPUS];
+static unsigned int nr_vcpus;
 static int gic_fd;
 
 /* The guest */
@@ -134,7 +139,7 @@ static void guest_code(void)
 {
 	uint32_t cpu = guest_get_vcpuid();
 
-	gic_init(GIC_V3, NR_VCPUS, (void *)GICD_BASE_GPA, (void *)GICR_BASE_GPA);
+	gic_init(GIC_V3, MAX_VCPU_IDS, (void *)GICD_BASE_GPA, (void *)GICR_BASE_GPA);
 	gicr_enable_lpis(GICR_BASE_GPA, cpu, &tables);
 	local_irq_enable();
 
@@ -379,26 +384,77 @@ static void set_before_eoi(void (*command)(void))
 	sync_global_to_guest(vm, before_eoi);
 }
 
-static void create_vm(void)
+/*
+ * Create a GIC.  A redistributor region of its own for each vCPU places the
+ * redistributor of the vCPU with ID n at GICR_BASE_GPA + n * 128K, in whatever
+ * order the vCPUs were created.
+ */
+static int setup_gic(const uint32_t *vcpu_ids)
+{
+	uint64_t gicd_base = GICD_BASE_GPA, region;
+	uint32_t nr_irqs = 64;
+	int fd, i;
+
+	fd = __kvm_create_device(vm, KVM_DEV_TYPE_ARM_VGIC_V3);
+	if (fd < 0)
+		return fd;
+
+	kvm_device_attr_set(fd, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &nr_irqs);
+	kvm_device_attr_set(fd, KVM_DEV_ARM_VGIC_GRP_ADDR,
+			    KVM_VGIC_V3_ADDR_TYPE_DIST, &gicd_base);
+	for (i = 0; i < nr_vcpus; i++) {
+		region = REDIST_REGION_ATTR_ADDR(1, GICR_BASE_GPA +
+						 vcpu_ids[i] * SZ_128K, 0, i);
+		kvm_device_attr_set(fd, KVM_DEV_ARM_VGIC_GRP_ADDR,
+				    KVM_VGIC_V3_ADDR_TYPE_REDIST_REGION, &region);
+	}
+	kvm_device_attr_set(fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_VGIC_CTRL_INIT, NULL);
+
+	virt_map(vm, GICD_BASE_GPA, GICD_BASE_GPA,
+		 vm_calc_num_guest_pages(vm->mode, KVM_VGIC_V3_DIST_SIZE));
+	virt_map(vm, GICR_BASE_GPA, GICR_BASE_GPA,
+		 vm_calc_num_guest_pages(vm->mode, MAX_VCPU_IDS * SZ_128K));
+	return fd;
+}
+
+/* Create the vCPUs with these IDs, in this order, but do not run them. */
+static void create_vm_with_ids(const uint32_t *vcpu_ids, unsigned int nr)
 {
 	int i;
 
-	vm = vm_create_with_vcpus(NR_VCPUS, guest_code, vcpus);
+	nr_vcpus = nr;
+	vm = vm_create(nr_vcpus);
+	for (i = 0; i < nr_vcpus; i++)
+		vcpus[i] = vm_vcpu_add(vm, vcpu_ids[i], guest_code);
 	ucall_init(vm, NULL);
 	vm_init_descriptor_tables(vm);
-	for (i = 0; i < NR_VCPUS; i++)
+	for (i = 0; i < nr_vcpus; i++)
 		vcpu_init_descriptor_tables(vcpus[i]);
 	vm_install_exception_handler(vm, VECTOR_IRQ_CURRENT, guest_irq_handler);
 
-	gic_fd = vgic_v3_setup(vm, NR_VCPUS, 64, GICD_BASE_GPA, GICR_BASE_GPA);
+	gic_fd = setup_gic(vcpu_ids);
 	__TEST_REQUIRE(gic_fd >= 0, "GICv3 is not available");
-	vgic_its_setup(vm, its, NR_ITS, ITS_BASE_GPA, &tables, NR_VCPUS,
+	vgic_its_setup(vm, its, NR_ITS, ITS_BASE_GPA, &tables, MAX_VCPU_IDS,
 		       NR_ITTS * ITT_SIZE, TABLES_GPA);
 	sync_global_to_guest(vm, its);
 	sync_global_to_guest(vm, tables);
+}
 
-	for (i = 0; i < NR_VCPUS; i++)
+static void run_vcpus(void)
+{
+	int i;
+
+	for (i = 0; i < nr_vcpus; i++)
 		run_vcpu(vcpus[i], NULL);
+}
+
+static void create_vm(void)
+{
+	static const uint32_t vcpu_ids[NR_VCPUS] = { 0, 1 };
+
+	create_vm_with_ids(vcpu_ids, NR_VCPUS);
+	run_vcpus();
 	run_vcpu(vcpus[0], guest_map);
 }
 
@@ -427,11 +483,10 @@ static void check_delivered(const char *what, uint32_t intid, uint32_t vcpu_id)
 {
 	int i;
 
-	for (i = 0; i < NR_VCPUS; i++)
-		run_vcpu(vcpus[i], NULL);
+	run_vcpus();
 
 	sync_global_from_guest(vm, delivered);
-	for (i = 0; i < NR_VCPUS; i++) {
+	for (i = 0; i < MAX_VCPU_IDS; i++) {
 		uint32_t nr = intid && i == vcpu_id;
 
 		TEST_ASSERT(delivered[i].nr == nr &&
@@ -859,6 +914,56 @@ TEST(save_collections)
 	destroy_vm();
 }
 
+/* Setting an attribute that KVM_HAS_DEVICE_ATTR denies must not succeed. */
+TEST(unknown_attr)
+{
+	const uint64_t attr = 1000;
+	int ret;
+
+	create_vm();
+
+	ret = __kvm_has_device_attr(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL, attr);
+	TEST_ASSERT(ret == -1 && errno == ENXIO,
+		    "KVM_HAS_DEVICE_ATTR: expected -1 with ENXIO (%d), got %d with %d",
+		    ENXIO, ret, errno);
+	ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL, attr, NULL);
+	TEST_ASSERT(ret == -1 && errno == ENXIO,
+		    "KVM_SET_DEVICE_ATTR: expected -1 with ENXIO (%d), got %d with %d",
+		    ENXIO, ret, errno);
+	check_mappings("after an unknown attribute");
+
+	destroy_vm();
+}
+
+/* A vgic can be initialized before there is a vCPU.  Without the fix, 6.1 crashes. */
+TEST(debugfs_no_vcpu)
+{
+	uint32_t nr_irqs = 64;
+	char path[128], buf[4096];
+	ssize_t n, total = 0;
+	int fd;
+
+	vm = vm_create_barebones();
+	gic_fd = __kvm_create_device(vm, KVM_DEV_TYPE_ARM_VGIC_V3);
+	__TEST_REQUIRE(gic_fd >= 0, "GICv3 is not available");
+	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_NR_IRQS, 0, &nr_irqs);
+	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_VGIC_CTRL_INIT, NULL);
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/vgic-state",
+		 getpid(), vm->fd);
+	fd = open(path, O_RDONLY);
+	__TEST_REQUIRE(fd >= 0, "needs debugfs");
+	while ((n = read(fd, buf, sizeof(buf))) > 0)
+		total += n;
+	TEST_ASSERT(!n && total, "Expected to read the state of the vgic, got %zd, errno %d",
+		    n, errno);
+
+	close(fd);
+	close(gic_fd);
+	kvm_vm_free(vm);
+}
+
 TEST(no_its)
 {
 	int ret;
@@ -874,6 +979,209 @@ TEST(no_its)
 
 	close(gic_fd);
 	kvm_vm_free(vm);
+}
+
+/*
+ * The IDs of the vCPUs, in the order of their creation.  There is no vCPU 2.  No ID is
+ * the index of its vCPU, so a target that KVM treats as an index is either another vCPU
+ * or none.
+ */
+static const uint32_t other_ids[] = { 3, 0, 1 };
+
+#define ID_HOLE			2
+#define LPI_OF_VCPU(id)		(LPI_BASE + (id))
+
+/* Event n of DEV_A is in collection n, which targets vCPU n. */
+static void guest_map_other_ids(void)
+{
+	int i;
+
+	its_init(&its[0]);
+	its_send_mapd(&its[0], DEV_A, itt(0), EVENT_BITS, true);
+	for (i = 0; i < ARRAY_SIZE(other_ids); i++) {
+		uint32_t id = other_ids[i];
+
+		its_send_mapc(&its[0], id, id, true);
+		its_send_mapti(&its[0], DEV_A, id, id, LPI_OF_VCPU(id));
+	}
+}
+
+static void guest_init_its(void)
+{
+	its_init(&its[0]);
+}
+
+static void guest_mapc_hole(void)
+{
+	its_send_mapc(&its[0], ID_HOLE, ID_HOLE, true);
+	its_send_mapti(&its[0], DEV_A, ID_HOLE, ID_HOLE, LPI_OF_VCPU(ID_HOLE));
+}
+
+static void guest_movi_ids(void)
+{
+	its_send_movi(&its[0], DEV_A, 0, 3);
+}
+
+/* The second command has no effect: there is no vCPU 2. */
+static void guest_movall_ids(void)
+{
+	its_send_movall(&its[0], 3, 1);
+	its_send_movall(&its[0], 1, ID_HOLE);
+}
+
+/* The target of an unmapped collection is ignored. */
+static void guest_mapc_unmap_hole(void)
+{
+	its_send_mapc(&its[0], 1, ID_HOLE, false);
+}
+
+static void check_event(const char *what, uint32_t event_id, uint32_t vcpu_id)
+{
+	const struct result result = DELIVERED(LPI_OF_VCPU(event_id), vcpu_id);
+
+	check_msi(what, doorbell(&its[0]), DEV_A, event_id, &result);
+}
+
+static void check_events(const char *what)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(other_ids); i++)
+		check_event(what, other_ids[i], other_ids[i]);
+}
+
+#define GICR_TYPER		0x0008
+#define GICR_ISPENDR0		0x10200
+
+/* Arbitrarily chosen.  No vCPU enables it. */
+#define OTHER_SGI		5
+#define OTHER_PPI		20
+
+/* An attribute of the redistributor of a vCPU, whose affinity is its ID */
+static uint32_t get_redist_attr(uint32_t group, uint32_t vcpu_id, uint64_t attr)
+{
+	uint32_t val;
+
+	attr |= (uint64_t)vcpu_id << KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT;
+	kvm_device_attr_get(gic_fd, group, attr, &val);
+	return val;
+}
+
+/* GICR_TYPER.Processor_Number is the ID. */
+static void check_processor_numbers(void)
+{
+	uint32_t nr;
+	int i;
+
+	for (i = 0; i < nr_vcpus; i++) {
+		nr = get_redist_attr(KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
+				     vcpus[i]->id, GICR_TYPER) >> 8 & 0xffff;
+		TEST_ASSERT(nr == vcpus[i]->id,
+			    "GICR_TYPER.Processor_Number: expected %u, got %u",
+			    vcpus[i]->id, nr);
+	}
+}
+
+/* KVM_IRQ_LINE names a vCPU by its index. */
+static void check_ppis(void)
+{
+	uint64_t attr = (uint64_t)VGIC_LEVEL_INFO_LINE_LEVEL <<
+			KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT;
+	struct kvm_irq_level irq = { .level = 1 };
+	uint32_t level;
+	int i, j, ret;
+
+	for (i = 0; i < nr_vcpus; i++) {
+		irq.irq = KVM_ARM_IRQ_TYPE_PPI << KVM_ARM_IRQ_TYPE_SHIFT |
+			  i << KVM_ARM_IRQ_VCPU_SHIFT | OTHER_PPI;
+		ret = __vm_ioctl(vm, KVM_IRQ_LINE, &irq);
+		TEST_ASSERT(!ret,
+			    "PPI of vCPU %u: expected KVM_IRQ_LINE to return 0, got %d, errno %d",
+			    vcpus[i]->id, ret, errno);
+		for (j = 0; j < nr_vcpus; j++) {
+			level = get_redist_attr(KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
+						vcpus[j]->id, attr) >> OTHER_PPI & 1;
+			TEST_ASSERT(level == (j <= i),
+				    "PPIs up to that of vCPU %u: expected line level of vCPU %u to be %u, got %u",
+				    vcpus[i]->id, vcpus[j]->id, j <= i, level);
+		}
+	}
+}
+
+/* ICC_SGI1R_EL1.IRM sends an SGI to all vCPUs except the sender. */
+static void guest_broadcast_sgi(void)
+{
+	write_sysreg_s((uint64_t)OTHER_SGI << 24 | BIT_ULL(40), SYS_ICC_SGI1R_EL1);
+	isb();
+}
+
+static void check_sgi_broadcast(void)
+{
+	uint32_t pending;
+	int i;
+
+	run_vcpu(vcpus[0], guest_broadcast_sgi);
+	for (i = 0; i < nr_vcpus; i++) {
+		pending = get_redist_attr(KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
+					  vcpus[i]->id, GICR_ISPENDR0) >> OTHER_SGI & 1;
+		TEST_ASSERT(pending == !!i,
+			    "SGI to all vCPUs except %u: expected pending state of vCPU %u to be %u, got %u",
+			    vcpus[0]->id, vcpus[i]->id, !!i, pending);
+	}
+}
+
+/* Change the target of the collection that is saved first. */
+static void set_saved_target(uint32_t vcpu_id)
+{
+	uint64_t *cte = addr_gpa2hva(vm, its[0].collection_table);
+
+	*cte = (*cte & ~GENMASK_ULL(47, 16)) | (uint64_t)vcpu_id << 16;
+}
+
+/* A collection targets the vCPU whose GICR_TYPER has the number in the command. */
+TEST(vcpu_ids)
+{
+	const struct result unmapped = UNMAPPED;
+	int ret;
+
+	create_vm_with_ids(other_ids, ARRAY_SIZE(other_ids));
+	check_processor_numbers();
+	/* Before any vCPU runs: 6.1 warns if there is no vCPU for a timer's PPI. */
+	check_ppis();
+	run_vcpus();
+	check_sgi_broadcast();
+
+	run_vcpu(vcpus[0], guest_map_other_ids);
+	check_events("MAPC");
+
+	run_vcpu(vcpus[0], guest_mapc_hole);
+	check_msi("MAPC, no such vCPU", doorbell(&its[0]), DEV_A, ID_HOLE,
+		  &unmapped);
+
+	host_save_restore();
+	check_events("save, reset, restore");
+
+	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
+	host_reset();
+	run_vcpu(vcpus[0], guest_init_its);
+	set_saved_target(ID_HOLE);
+	ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+				    KVM_DEV_ARM_ITS_RESTORE_TABLES, NULL);
+	TEST_ASSERT(ret == -1 && errno == EINVAL,
+		    "Restore of a collection without a vCPU: expected -1 with EINVAL (%d), got %d with %d",
+		    EINVAL, ret, errno);
+	run_vcpu(vcpus[0], guest_map_other_ids);
+
+	run_vcpu(vcpus[0], guest_movi_ids);
+	check_event("MOVI", 0, 3);
+	run_vcpu(vcpus[0], guest_movall_ids);
+	check_event("MOVALL", 0, 1);
+	check_event("MOVALL", 3, 1);
+	run_vcpu(vcpus[0], guest_mapc_unmap_hole);
+	check_msi("MAPC V=0", doorbell(&its[0]), DEV_A, 1, &unmapped);
+
+	destroy_vm();
 }
 
 static void guest_mapti_a0(void)
