@@ -192,9 +192,13 @@ need_space() {
 # functions and subshells that are called there.  It does not do so in a process
 # substitution, which is why this uses one.  Not to be used in the $(...) of a condition,
 # where errexit stays off.
+#
+# The exit code comes through a pipe: "wait" does not always find a process substitution
+# when process IDs have wrapped, and then returns something else.
 strictly() {
-	: < <(exec >&3 3>&-; set -e; "$@")
-	wait "$!"
+	local rc=
+	read -r rc < <(set +e; exec 4>&1 >&3 3>&-; (exec 4>&-; set -e; "$@"); say "$?" >&4) || :
+	return "${rc:-1}"
 } 3>&1
 
 # if_changed OUTPUT COMMAND...: run the command, which makes OUTPUT from what is on
@@ -224,7 +228,7 @@ step() {
 	clock=$!
 	strictly "$@" > "$log" 2>&1 < /dev/null 8>&- || rc=$?
 	exec 8>&-
-	wait "$clock"
+	wait "$clock" || :
 	if ((rc)); then
 		say "  FAILED $title after $(elapsed $((SECONDS - start))), exit code $rc"
 		say "  the end of ${log#"$TOP"/}:"

@@ -655,8 +655,9 @@ static bool set_steal_time(uint64_t gpa)
 #define TOUCHED_GPA		(OTHER_GPA + SZ_256M)
 #define NR_TOUCHED_PAGES	4096
 #define TOUCHED_SIZE		(NR_TOUCHED_PAGES * 4096ul)
-/* Interrupts without any progress of the guest otherwise */
 #define NR_INTERRUPTS		10
+/* Faults at one page, so that its slot must be INVALID */
+#define NR_STUCK_FAULTS		5
 #define VECTOR			0x40
 
 /* Shared with the guest. */
@@ -698,9 +699,18 @@ static void delete_touched(void)
 	set_touched(0);
 }
 
+static void send_interrupt(struct kvm_msi *msi, uint64_t *nr_taken)
+{
+	uint64_t before = READ_ONCE(*nr_taken);
+	int ret = __vm_ioctl(vm, KVM_SIGNAL_MSI, msi);
+
+	TEST_ASSERT(ret == 1, "KVM_SIGNAL_MSI: expected 1, got %d, errno %d", ret, errno);
+	wait_for(READ_ONCE(*nr_taken) > before);
+}
+
 TEST_F(latency, interrupts)
 {
-	uint64_t ns, *interrupts, *pages, before, i;
+	uint64_t ns, *interrupts, *pages, before, faults;
 	struct change c = { "delete the touched slot", delete_touched, &ns };
 	struct kvm_vcpu *toucher = vm_vcpu_add(vm, 1, guest_touch);
 	struct kvm_msi msi = {
@@ -708,7 +718,7 @@ TEST_F(latency, interrupts)
 		.data = VECTOR,
 	};
 	pthread_t thread;
-	int ret;
+	int i;
 
 	TEST_REQUIRE(set_steal_time(DATA_GPA + STEAL_TIME_OFFSET));
 
@@ -723,6 +733,8 @@ TEST_F(latency, interrupts)
 	virt_map(vm, TOUCHED_GPA, TOUCHED_GPA, NR_TOUCHED_PAGES);
 	interrupts = addr_gva2hva(vm, (vm_vaddr_t)&nr_interrupts);
 	pages = addr_gva2hva(vm, (vm_vaddr_t)&nr_touched);
+	/* The first read of a stat would wait for the end of KVM_RUN. */
+	vcpu_get_stat(toucher, "pf_taken");
 
 	thread = start_thread(run_worker, toucher);
 	wait_for(READ_ONCE(*pages));
@@ -732,19 +744,19 @@ TEST_F(latency, interrupts)
 	wait_for_fault();
 	start_change(&c);
 
-	/* Until the guest is stuck at a page of the slot, but takes interrupts. */
+	/* Let the guest touch pages until it faults at one again and again. */
 	do {
 		before = READ_ONCE(*pages);
-		for (i = 0; i < NR_INTERRUPTS; i++) {
-			uint64_t n = READ_ONCE(*interrupts);
-
-			ret = __vm_ioctl(vm, KVM_SIGNAL_MSI, &msi);
-			TEST_ASSERT(ret == 1, "KVM_SIGNAL_MSI: expected 1, got %d, errno %d",
-				    ret, errno);
-			wait_for(READ_ONCE(*interrupts) > n);
-		}
+		TEST_ASSERT(before < NR_TOUCHED_PAGES, "expected a stuck guest, it is done");
+		faults = vcpu_get_stat(toucher, "pf_taken");
+		send_interrupt(&msi, interrupts);
+		wait_for(READ_ONCE(*pages) != before ||
+			 vcpu_get_stat(toucher, "pf_taken") >= faults + NR_STUCK_FAULTS);
 	} while (READ_ONCE(*pages) != before);
-	TEST_ASSERT(before < NR_TOUCHED_PAGES, "expected the guest to be stuck, it is done");
+
+	for (i = 0; i < NR_INTERRUPTS; i++)
+		send_interrupt(&msi, interrupts);
+	TEST_ASSERT(READ_ONCE(*pages) == before, "expected a stuck guest, it touched a page");
 	TEST_ASSERT(!wait_for_change(0), "%s: complete, expected a wait for kvm->srcu", c.name);
 
 	provide_page();
@@ -776,6 +788,7 @@ TEST_F(latency, ioeventfd)
 {
 	uint64_t ns;
 	struct change c = { "ioeventfd", add_ioeventfds, &ns };
+	struct change create = { "create", create_other, &ns };
 
 	TEST_REQUIRE(set_steal_time(DATA_GPA + STEAL_TIME_OFFSET));
 	ioeventfd = eventfd(0, 0);
@@ -785,7 +798,11 @@ TEST_F(latency, ioeventfd)
 	start_access();
 	wait_for_fault();
 	make_change(&c);
+	/* The vCPU still holds kvm->srcu. */
+	start_change(&create);
+	TEST_ASSERT(!wait_for_change(NO_WAIT_MS), "create: complete, expected a wait");
 	provide_page();
+	TEST_ASSERT(wait_for_change(TIMEOUT_SECONDS * 1000), "create: not complete");
 	finish_access("ioeventfd", DATA_VALUE);
 
 	set_ioeventfds(ioeventfd, KVM_IOEVENTFD_FLAG_DEASSIGN);

@@ -633,26 +633,28 @@ static uint64_t nr_blocks(int fd)
 static void test_discard(const char *what, bool huge, uint64_t nr_pages)
 {
 	size_t size = nr_pages * GUEST_PAGE_SIZE;
-	int fd = kvm_memfd_alloc(size, huge), i, loop;
+	int fd = kvm_memfd_alloc(size, huge), i, j;
 	void *mem = map_memory(nr_pages, MAP_SHARED, fd);
 
+	madvise(mem, size, MADV_NOHUGEPAGE);
 	shared.nr_pages = nr_pages;
-	create_vm(guest_code, 1, NULL);
+	/* More threads than CPUs: a vCPU may be preempted in a page fault. */
+	create_vm(guest_code, 2, NULL);
 	allowed_mmio = ALL_MMIO;
 	start_vcpus();
 
-	for (i = 0; i < nr_rounds; i++) {
+	for (i = 0; i < 3 * nr_rounds; i++) {
 		/* Delete the slot while the vCPU populates the memory. */
 		vm_set_user_memory_region(vm, DATA_SLOT, 0, DATA_GPA, size, mem);
 		wait_for(nr_blocks(fd));
 		nr_concurrent += nr_blocks(fd) < size / 512;
 		vm_set_user_memory_region(vm, DATA_SLOT, 0, DATA_GPA, 0, NULL);
-
 		TEST_ASSERT(!madvise(mem, size, MADV_REMOVE), "madvise(): errno %d", errno);
-		for (loop = 0; loop < 2; loop++) {
-			TEST_ASSERT(!nr_blocks(fd), "%s, loop %d: expected 0 blocks, got %lu",
-				    what, loop, nr_blocks(fd));
-			wait_for_loop();
+		for (j = 0; j < 2; j++) {
+			TEST_ASSERT(!nr_blocks(fd), "%s, check %d: expected 0 blocks, got %lu",
+				    what, j, nr_blocks(fd));
+			/* No vCPU is in the same page fault any more. */
+			wait_for_accesses(2);
 		}
 	}
 	stop_vcpus(what, NULL);
@@ -660,7 +662,7 @@ static void test_discard(const char *what, bool huge, uint64_t nr_pages)
 
 TEST(discard)
 {
-	test_discard("shmem", false, NR_PAGES);
+	test_discard("shmem", false, 4 * NR_PAGES);
 }
 
 TEST(discard_hugetlb)
@@ -671,45 +673,52 @@ TEST(discard_hugetlb)
 }
 
 /* Divide all pages into @n slots and into @n2 slots in turn. */
-static void test_layouts(const char *what, void *mem, int n, int n2)
+static void test_layouts(const char *what, void *mem, uint32_t flags, int n, int n2)
 {
+	void *copy;
 	int i;
 
 	init_pages(mem, 0);
+	copy = copy_of(mem);
 	create_vm(guest_code, 2, mem);
 	data.nr_ids = max(n, NR_IDS);
+	data.flags = flags;
 	start_vcpus();
 	for (i = 0; i < 2 * nr_rounds; i++) {
 		divide(&data, i % 2 ? n2 : n);
 		set_slots(&data);
 		wait_for_some_accesses();
+		/* This also looks up all slots by their ids. */
+		if (flags)
+			copy_dirty_pages(copy, false);
 	}
 	stop_vcpus(what, mem);
 	kvm_vm_free(vm);
+	free(copy);
 }
 
 TEST(all_slots)
 {
-	ASSERT_EQ(kvm_check_cap(KVM_CAP_USER_MEMORY_REGIONS), MAX_SLOTS);
 	shared.nr_pages = 4 * MAX_SLOTS;
-	test_layouts("all slots", new_memory(), MAX_SLOTS, MAX_SLOTS);
+	test_layouts("all", new_memory(), KVM_MEM_LOG_DIRTY_PAGES, MAX_SLOTS, MAX_SLOTS);
 }
 
 TEST(backings)
 {
 	int fd = kvm_memfd_alloc(NR_PAGES * GUEST_PAGE_SIZE, false);
-	size_t size = get_trans_hugepagesz();
+	size_t size;
 	void *mem;
 
-	test_layouts("anonymous", new_memory(), NR_IDS, 1);
-	test_layouts("shmem", map_memory(NR_PAGES, MAP_SHARED, fd), NR_IDS, 1);
-	test_layouts("private file", map_memory(NR_PAGES, MAP_PRIVATE, fd), NR_IDS, 1);
+	test_layouts("anonymous", new_memory(), 0, NR_IDS, 1);
+	test_layouts("shmem", map_memory(NR_PAGES, MAP_SHARED, fd), 0, NR_IDS, 1);
+	test_layouts("private file", map_memory(NR_PAGES, MAP_PRIVATE, fd), 0, NR_IDS, 1);
 	if (thp_configured()) {
+		size = get_trans_hugepagesz();
 		shared.nr_pages = 2 * size / GUEST_PAGE_SIZE;
 		shared.stride = 8;
 		mem = aligned_alloc(size, 2 * size);
 		TEST_ASSERT(mem && !madvise(mem, 2 * size, MADV_HUGEPAGE), "THP: errno %d", errno);
-		test_layouts("THP", mem, NR_IDS, 1);
+		test_layouts("THP", mem, 0, NR_IDS, 1);
 	}
 }
 
@@ -720,7 +729,7 @@ TEST(backing_hugetlb)
 	add_huge_pages(2);
 	shared.nr_pages = 2 * get_def_hugetlb_pagesz() / GUEST_PAGE_SIZE;
 	shared.stride = 8;
-	test_layouts("hugetlb", map_memory(shared.nr_pages, flags, -1), NR_IDS, 1);
+	test_layouts("hugetlb", map_memory(shared.nr_pages, flags, -1), 0, NR_IDS, 1);
 }
 
 TEST(backing_pfn)
@@ -739,7 +748,7 @@ TEST(backing_pfn)
 		TEST_ASSERT(mmap(word(mem, i, 0), GUEST_PAGE_SIZE, PROT_READ | PROT_WRITE, flags,
 				 fd, 0) != MAP_FAILED, "mmap() of a device: errno %d", errno);
 	}
-	test_layouts("PFN", mem, NR_IDS, 1);
+	test_layouts("PFN", mem, 0, NR_IDS, 1);
 }
 
 #define FAILSLAB	"/sys/kernel/debug/failslab/"
@@ -751,12 +760,6 @@ static bool set_failslab(const char *path, char value)
 	return f && fputc(value, f) == value && !fclose(f);
 }
 
-static void reset_failslab(void)
-{
-	set_failslab(FAILSLAB "ignore-gfp-wait", 'Y');
-	set_failslab(FAILSLAB "verbose", '2');
-}
-
 TEST(rollback)
 {
 	void *spare = new_memory(), *copy;
@@ -765,7 +768,6 @@ TEST(rollback)
 	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", W_OK) &&
 		       set_failslab(FAILSLAB "ignore-gfp-wait", 'N') &&
 		       set_failslab(FAILSLAB "verbose", '0'), "needs a kernel with FAILSLAB");
-	atexit(reset_failslab);
 	create_vm(guest_code, 2, new_memory());
 	data.flags = KVM_MEM_LOG_DIRTY_PAGES;
 	start_vcpus();
@@ -777,6 +779,8 @@ TEST(rollback)
 		error = change_memory(&spare, &left);
 		TEST_ASSERT(!error || (error == ENOMEM && !left),
 			    "allocation %d: expected errno %d, got %d", n, ENOMEM, error);
+		if (!error)
+			memcpy(copy, data.mem, NR_PAGES * GUEST_PAGE_SIZE);
 		check_writes(error ? "unchanged memory" : "other memory", copy);
 		if (error) {
 			nr_failed++;
@@ -792,7 +796,6 @@ TEST(rollback)
 }
 
 #define NR_EVENTS		(10 * nr_rounds)
-
 static void *event_worker(void *arg)
 {
 	void (*send_event)(uint64_t nr) = arg;

@@ -1082,7 +1082,7 @@ static void check_processor_numbers(void)
 	}
 }
 
-/* KVM_IRQ_LINE names a vCPU by its index. */
+/* KVM_IRQ_LINE names a vCPU by its ID. */
 static void check_ppis(void)
 {
 	uint64_t attr = (uint64_t)VGIC_LEVEL_INFO_LINE_LEVEL <<
@@ -1093,7 +1093,7 @@ static void check_ppis(void)
 
 	for (i = 0; i < nr_vcpus; i++) {
 		irq.irq = KVM_ARM_IRQ_TYPE_PPI << KVM_ARM_IRQ_TYPE_SHIFT |
-			  i << KVM_ARM_IRQ_VCPU_SHIFT | OTHER_PPI;
+			  vcpus[i]->id << KVM_ARM_IRQ_VCPU_SHIFT | OTHER_PPI;
 		ret = __vm_ioctl(vm, KVM_IRQ_LINE, &irq);
 		TEST_ASSERT(!ret,
 			    "PPI of vCPU %u: expected KVM_IRQ_LINE to return 0, got %d, errno %d",

@@ -7,6 +7,8 @@
  * TEST_REQUIRE() skips the case; in main(), before run_cases(), it skips the test.
  *
  * TEST_TIMEOUT in the environment sets the time limit of each case, in seconds.
+ *
+ * Cases may change the settings of the system that changed_settings lists.
  */
 #ifndef SELFTEST_KVM_TEST_HARNESS_H
 #define SELFTEST_KVM_TEST_HARNESS_H
@@ -99,6 +101,48 @@ static bool is_case(const char *name)
 	return false;
 }
 
+static struct {
+	const char *path;
+	char value[16];
+} changed_settings[] = {
+	{ "/proc/sys/vm/nr_hugepages" },
+	{ "/sys/module/kvm/parameters/eager_page_split" },
+	{ "/sys/kernel/debug/failslab/ignore-gfp-wait" },
+	{ "/sys/kernel/debug/failslab/verbose" },
+};
+
+static void read_setting(const char *path, char *value, size_t size)
+{
+	FILE *f = fopen(path, "r");
+
+	*value = 0;
+	if (f && !fgets(value, size, f))
+		*value = 0;
+	if (f)
+		fclose(f);
+}
+
+/* Cases end by _exit(), or are killed: only the process that started them does this. */
+static void restore_settings(void)
+{
+	char value[16];
+	FILE *f;
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(changed_settings); i++) {
+		read_setting(changed_settings[i].path, value, sizeof(value));
+		if (!strcmp(value, changed_settings[i].value))
+			continue;
+		f = fopen(changed_settings[i].path, "w");
+		if (!f || fputs(changed_settings[i].value, f) == EOF || fclose(f))
+			fprintf(stderr, "%s: expected to restore %s", changed_settings[i].path,
+				changed_settings[i].value);
+	}
+}
+
+/* Longer than wait_for() takes until it fails */
+#define DEFAULT_TIMEOUT		(WAIT_LIMIT_SECS + 30)
+
 /* Runs the cases that @args selects.  The last element of @args is NULL. */
 static int run_cases(char **args)
 {
@@ -107,13 +151,17 @@ static int run_cases(char **args)
 	struct __fixture_metadata *f;
 	int i;
 
+	for (i = 0; i < ARRAY_SIZE(changed_settings); i++)
+		read_setting(changed_settings[i].path, changed_settings[i].value,
+			     sizeof(changed_settings[i].value));
+	atexit(restore_settings);
+
 	for (i = 0; args[i]; i++)
 		TEST_ASSERT(is_case(args[i] + (*args[i] == '!')), "no such case: %s", args[i]);
 
 	for (f = __fixture_list; f; f = f->next) {
 		for (link = &f->tests; (t = *link); ) {
-			if (timeout)
-				t->timeout = atoi(timeout);
+			t->timeout = timeout ? atoi(timeout) : DEFAULT_TIMEOUT;
 			if (is_chosen(t->name, args))
 				link = &t->next;
 			else
