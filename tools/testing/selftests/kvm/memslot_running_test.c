@@ -92,6 +92,12 @@ static enum { NO_MMIO, MMIO_WRITES, ALL_MMIO } allowed_mmio;
 static uint64_t nr_reads, nr_writes;	/* that exited for MMIO */
 static uint64_t nr_concurrent;		/* changes during which a vCPU accessed pages */
 
+/* Go on until a slot was changed while a vCPU accessed pages. */
+static bool is_round(int i, int nr)
+{
+	return i < nr || !nr_concurrent;
+}
+
 static void guest_add(uint64_t *count)
 {
 	__atomic_store_n(count, *count + 1, __ATOMIC_RELEASE);
@@ -478,7 +484,7 @@ static void test_dirty_log(const char *what, uint64_t protect)
 	copy = copy_of(data.mem);
 	start_vcpus();
 
-	for (i = 0; i < nr_rounds; i++) {
+	for (i = 0; is_round(i, nr_rounds); i++) {
 		for (j = 0; j < 3; j++) {
 			set_random_slots(&data);
 			wait_for_some_accesses();
@@ -536,7 +542,7 @@ TEST(removed_range)
 	start_vcpus();
 	allowed_mmio = ALL_MMIO;
 
-	for (i = 0; i < nr_rounds; i++) {
+	for (i = 0; is_round(i, nr_rounds); i++) {
 		start = 1 + random() % (NR_PAGES - 2);
 		end = start + 1 + random() % (NR_PAGES - start - 1);
 
@@ -591,7 +597,7 @@ TEST(hva)
 
 	create_vm(guest_code, 2, new_memory());
 	start_vcpus();
-	for (i = 0; i < nr_rounds; i++)
+	for (i = 0; is_round(i, nr_rounds); i++)
 		change_memory_and_check(&spare);
 	stop_vcpus("other memory", NULL);
 }
@@ -603,7 +609,7 @@ TEST(readonly)
 
 	create_vm(guest_code, 2, new_memory());
 	start_vcpus();
-	for (i = 0; i < nr_rounds; i++) {
+	for (i = 0; is_round(i, nr_rounds); i++) {
 		allowed_mmio = MMIO_WRITES;
 		data.flags = KVM_MEM_READONLY;
 		set_random_slots(&data);
@@ -643,7 +649,7 @@ static void test_discard(const char *what, bool huge, uint64_t nr_pages)
 	allowed_mmio = ALL_MMIO;
 	start_vcpus();
 
-	for (i = 0; i < 3 * nr_rounds; i++) {
+	for (i = 0; is_round(i, 3 * nr_rounds); i++) {
 		/* Delete the slot while the vCPU populates the memory. */
 		vm_set_user_memory_region(vm, DATA_SLOT, 0, DATA_GPA, size, mem);
 		wait_for(nr_blocks(fd));
@@ -684,7 +690,7 @@ static void test_layouts(const char *what, void *mem, uint32_t flags, int n, int
 	data.nr_ids = max(n, NR_IDS);
 	data.flags = flags;
 	start_vcpus();
-	for (i = 0; i < 2 * nr_rounds; i++) {
+	for (i = 0; is_round(i, 2 * nr_rounds); i++) {
 		divide(&data, i % 2 ? n2 : n);
 		set_slots(&data);
 		wait_for_some_accesses();
@@ -819,7 +825,8 @@ static void change_during_events(struct range *other, void (*send)(uint64_t nr))
 
 	start_vcpus();
 	thread = send ? start_thread(event_worker, send) : 0;
-	for (i = 0; i < 2 * nr_rounds || guest_value(&host_shared->events[0]) < NR_EVENTS; i++) {
+	for (i = 0; is_round(i, 2 * nr_rounds) ||
+	     guest_value(&host_shared->events[0]) < NR_EVENTS; i++) {
 		set_random_slots(&data);
 		if (other)
 			set_random_slots(other);
@@ -939,7 +946,7 @@ TEST(steal_time)
 	vcpu_set_msr(vcpus[0], MSR_KVM_STEAL_TIME,
 		     (DATA_GPA + STEAL_TIME_OFFSET) | KVM_MSR_ENABLED);
 	start_vcpus();
-	for (i = 0; i < nr_rounds; i++) {
+	for (i = 0; is_round(i, nr_rounds); i++) {
 		/* KVM must not write to the old memory, either. */
 		change_memory_and_check(&spare);
 		st = data.mem + STEAL_TIME_OFFSET;
