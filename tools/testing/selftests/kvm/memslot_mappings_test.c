@@ -283,31 +283,12 @@ TEST(changed)
 	stop_vcpu();
 }
 
-/*
- * Sets whether x86 splits huge pages as soon as their slot logs dirty pages.  That
- * would also split a huge page that extends beyond the end of the slot, so that the
- * test could not detect it.  Returns the previous value, or 0 if there is no such
- * parameter.
- */
-static char set_eager_page_split(char value)
-{
-	FILE *f = fopen("/sys/module/kvm/parameters/eager_page_split", "r+");
-	char old;
-
-	if (!f)
-		return 0;
-	TEST_ASSERT(fread(&old, 1, 1, f) == 1, "eager_page_split cannot be read");
-	rewind(f);
-	TEST_ASSERT(fwrite(&value, 1, 1, f) == 1 && !fclose(f),
-		    "eager_page_split cannot be written");
-	return old;
-}
+#define EAGER_PAGE_SPLIT	"/sys/module/kvm/parameters/eager_page_split"
 
 TEST(huge)
 {
 	struct kvm_userspace_memory_region lower;
 	unsigned long *bitmap;
-	char split_eagerly;
 	size_t size;
 	int at, i;
 
@@ -326,11 +307,14 @@ TEST(huge)
 	WRITE_ONCE(*host_first_page, at);
 	wait_for_vcpu();
 
-	split_eagerly = set_eager_page_split('N');
+	/*
+	 * x86 would split huge pages as soon as their slot logs dirty pages, also one that
+	 * extends beyond the end of the slot, so that the test could not detect it.
+	 */
+	TEST_ASSERT(access(EAGER_PAGE_SPLIT, F_OK) || write_setting(EAGER_PAGE_SPLIT, "N"),
+		    "eager_page_split cannot be written");
 	lower.flags = KVM_MEM_LOG_DIRTY_PAGES;
 	set_regions(lower);
-	if (split_eagerly)
-		set_eager_page_split(split_eagerly);
 	wait_for_vcpu();
 	WRITE_ONCE(*host_first_page, 0);
 

@@ -759,21 +759,14 @@ TEST(backing_pfn)
 
 #define FAILSLAB	"/sys/kernel/debug/failslab/"
 
-static bool set_failslab(const char *path, char value)
-{
-	FILE *f = fopen(path, "w");
-
-	return f && fputc(value, f) == value && !fclose(f);
-}
-
 TEST(rollback)
 {
 	void *spare = new_memory(), *copy;
 	int n, left = 0, error, nr_failed = 0;
 
 	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", W_OK) &&
-		       set_failslab(FAILSLAB "ignore-gfp-wait", 'N') &&
-		       set_failslab(FAILSLAB "verbose", '0'), "needs a kernel with FAILSLAB");
+		       write_setting(FAILSLAB "ignore-gfp-wait", "N") &&
+		       write_setting(FAILSLAB "verbose", "0"), "needs a kernel with FAILSLAB");
 	create_vm(guest_code, 2, new_memory());
 	data.flags = KVM_MEM_LOG_DIRTY_PAGES;
 	start_vcpus();

@@ -1060,18 +1060,6 @@ TEST_F(transaction, dirty_ring)
  * faults
  */
 
-static bool write_string(const char *path, const char *s)
-{
-	int fd = open(path, O_WRONLY);
-	bool ok;
-
-	if (fd < 0)
-		return false;
-	ok = write(fd, s, strlen(s)) == strlen(s);
-	close(fd);
-	return ok;
-}
-
 /* Make the nth allocation of this thread fail.  Returns whether there was an nth. */
 static bool fail_nth(int n, struct regions *r, int *error)
 {
@@ -1142,9 +1130,9 @@ TEST_F(transaction, faults)
 	struct regions *r;
 
 	__TEST_REQUIRE(!access("/proc/thread-self/fail-nth", R_OK | W_OK) &&
-		       write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
+		       write_setting("/sys/kernel/debug/failslab/ignore-gfp-wait", "N"),
 		       "needs a kernel with FAILSLAB");
-	write_string("/sys/kernel/debug/failslab/verbose", "0");
+	write_setting("/sys/kernel/debug/failslab/verbose", "0");
 
 	/* Replace, delete, move, change flags, create. */
 	r = regions(region(0, 0, 6, 0, log), no_region(1), region(2, 14, 2, 8, 0),
@@ -1152,7 +1140,6 @@ TEST_F(transaction, faults)
 	for (round = 0; round < MAX_FAULT_ROUNDS && nr_failed < MIN_FAULTS; round++)
 		nr_failed += try_faults(r);
 
-	write_string("/sys/kernel/debug/failslab/ignore-gfp-wait", "Y");
 	pr_info("%d allocations failed\n", nr_failed);
 	TEST_ASSERT(nr_failed >= MIN_FAULTS,
 		    "expected at least %d failed allocations in %d rounds, got %d",

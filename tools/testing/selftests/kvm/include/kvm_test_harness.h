@@ -122,19 +122,24 @@ static void read_setting(const char *path, char *value, size_t size)
 		fclose(f);
 }
 
+static bool write_setting(const char *path, const char *value)
+{
+	FILE *f = fopen(path, "w");
+
+	return f && fputs(value, f) != EOF && !fclose(f);
+}
+
 /* Cases end by _exit(), or are killed: only the process that started them does this. */
 static void restore_settings(void)
 {
 	char value[16];
-	FILE *f;
 	int i;
 
 	for (i = 0; i < ARRAY_SIZE(changed_settings); i++) {
 		read_setting(changed_settings[i].path, value, sizeof(value));
 		if (!strcmp(value, changed_settings[i].value))
 			continue;
-		f = fopen(changed_settings[i].path, "w");
-		if (!f || fputs(changed_settings[i].value, f) == EOF || fclose(f))
+		if (!write_setting(changed_settings[i].path, changed_settings[i].value))
 			fprintf(stderr, "%s: expected to restore %s", changed_settings[i].path,
 				changed_settings[i].value);
 	}
