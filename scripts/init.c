@@ -48,6 +48,7 @@
 
 #define KSFT_SKIP	4
 #define GRACE		5	/* seconds that a test has to end a case */
+#define SPLAT_LINES	40	/* of the kernel log from the first splat on, as diagnostics */
 #define PREEMPT_MODEL	"/sys/kernel/debug/sched/preempt"
 
 /* Lines of the kernel log that no healthy run prints. */
@@ -193,13 +194,15 @@ static void log_record(const char *rec, const char *text)
 
 /*
  * Read what the kernel logged since the last call.  Returns the number of
- * splat lines and copies the first one.  Lost records (-EPIPE) count as one:
- * what could not be read cannot be called clean.
+ * splat lines and copies the first one; it, the record before it, which often says
+ * what a "Call Trace:" is of, and those after it are among the diagnostics.  Lost
+ * records (-EPIPE) count as one: what could not be read cannot be called clean.
  */
 static int scan_kmsg(char *first, size_t size)
 {
+	static char before[1024];
 	char rec[8192];
-	int splats = 0;
+	int splats = 0, more = 0;
 
 	for (;;) {
 		ssize_t n = read(kmsg_fd, rec, sizeof(rec) - 1);
@@ -222,8 +225,14 @@ static int scan_kmsg(char *first, size_t size)
 		text = text ? text + 1 : rec;
 		text[strcspn(text, "\n")] = '\0';
 		log_record(rec, text);
-		if (is_splat(text) && !splats++)
+		if (is_splat(text) && !splats++) {
 			snprintf(first, size, "%.*s", (int)size - 1, text);
+			tap("# log: %s\n", before);
+			more = SPLAT_LINES;
+		}
+		if (more && more--)
+			tap("# log: %s\n", text);
+		snprintf(before, sizeof(before), "%.*s", (int)sizeof(before) - 1, text);
 	}
 }
 

@@ -78,7 +78,8 @@ hanging_case() {
 }
 splat_in_case() {
 	turns_red v@a 'splat: WARNING:planted' x86_64 plain \
-		$'3\tv\t/victim say '"$plan $(run a) then log WARNING:planted" && red v 'cases: 1, planned: 3'
+		$'3\tv\t/victim say '"$plan $(run a) then log WARNING:planted" &&
+		red v 'cases: 1, planned: 3' && grep 'log: WARNING:planted' "$work/out/v@a.log"
 }
 two_points() {
 	turns_red v@a 'two points' x86_64 plain $'3\tv\t/victim say '"1..2 $a $(run a) ok_2_global.a then pass"
