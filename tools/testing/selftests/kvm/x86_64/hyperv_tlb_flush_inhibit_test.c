@@ -9,12 +9,15 @@
  * - each form of the hypercall, also with VP indices that differ from the vCPU
  *   indices, and the hypercalls that do not block: those with other targets,
  *   those that only flush the caller, and malformed ones;
- * - several owners, several inhibited VPs, several flushers, and two inhibited
- *   VPs that flush each other;
+ * - several owners, several inhibited VPs, several flushers, two inhibited VPs
+ *   that flush each other, owners that are added after a flush began, and
+ *   owners that several threads change;
  * - each way out of the blocked state: release, signal, interrupt, NMI, SMI,
  *   INIT, changed registers, save and restore, the end of the process;
- * - events that do not unblock the vCPU: a masked interrupt, and a kick, which
- *   only ends HLT;
+ * - events that do not unblock the vCPU: a masked interrupt, a kick, which only
+ *   ends HLT, a timer, what KVM_GUESTDBG_BLOCKIRQ holds back, and a page that is
+ *   ready while another notification is pending;
+ * - that the guest's steal time does not report vCPUs as preempted;
  * - flush hypercalls of L2, which cause exits to L1;
  * - that a blocked vCPU uses no CPU time, and that a release does not wait for
  *   the page-in of another vCPU;
@@ -30,6 +33,8 @@
 #include <sys/ioctl.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
+
+#include <asm/kvm_para.h>
 
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
@@ -59,6 +64,11 @@
 
 #define SIPI_GPA	(SIPI_VECTOR << 12)
 
+/* Bits of HV_X64_MSR_STIMER0_CONFIG; bits 11:4 are the vector. */
+#define STIMER_ENABLE	BIT(0)
+#define STIMER_PERIODIC	BIT(1)
+#define STIMER_DIRECT	BIT(12)
+
 /* SMRAM has its own address space. */
 #define SMRAM_GPA	0x1000000
 #define SMRAM_PAGES	16
@@ -83,6 +93,9 @@ struct guest_ctx {
 	uint64_t nmis;
 	uint64_t count;
 	bool stop;
+	/* Asynchronous page faults */
+	uint64_t apf_gpa;
+	struct kvm_vcpu_pv_apf_data apf __aligned(64);
 };
 
 /* For handlers and L2, which have no argument; used by one vCPU of a test */
@@ -107,6 +120,13 @@ static void guest_flusher(struct guest_ctx *ctx)
 
 	for (;;)
 		GUEST_SYNC(hyperv_flush_tlb(ctx->pages, &ctx->flush));
+}
+
+/* The same, with a local APIC that is enabled. */
+static void guest_apic_flusher(struct guest_ctx *ctx)
+{
+	x2apic_enable();
+	guest_flusher(ctx);
 }
 
 /* The same, with interrupts enabled. */
@@ -184,6 +204,33 @@ static void guest_racer(struct guest_ctx *ctx)
 	GUEST_SYNC(0);
 }
 
+/* Skip the access to a page that is not present. */
+static void guest_apf_handler(struct ex_regs *regs)
+{
+	GUEST_ASSERT_1(event_ctx->apf.flags == KVM_PV_REASON_PAGE_NOT_PRESENT,
+		       event_ctx->apf.flags);
+	event_ctx->apf.flags = 0;
+	regs->rip += 2;
+}
+
+/* Start two asynchronous page faults, and flush with interrupts disabled. */
+static void guest_apf_flusher(struct guest_ctx *ctx)
+{
+	int i;
+
+	x2apic_enable();
+	wrmsr(MSR_KVM_ASYNC_PF_INT, IRQ_VECTOR);
+	wrmsr(MSR_KVM_ASYNC_PF_EN, ctx->apf_gpa | KVM_ASYNC_PF_ENABLED |
+	      KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT);
+	asm volatile("sti; nop");
+	for (i = 0; i < 2; i++)
+		/* Two bytes long, see guest_apf_handler() */
+		asm volatile("movb (%%rax), %%al"
+			     :: "a" (FAULT_GPA + i * PAGE_SIZE) : "memory");
+	asm volatile("cli");
+	guest_flusher(ctx);
+}
+
 static void guest_toucher(uint64_t *page)
 {
 	GUEST_SYNC(READ_ONCE(*page));
@@ -219,11 +266,12 @@ static void *runner_thread(void *arg)
 
 	r->ret = __vcpu_run(r->vcpu);
 	r->err = errno;
-	TEST_ASSERT(r->ret ? r->err == EINTR : run->exit_reason == KVM_EXIT_IO,
-		    "vCPU %u: ret %d errno %d exit reason %s, expected I/O or a signal",
+	TEST_ASSERT(r->ret ? r->err == EINTR :
+		    run->exit_reason == KVM_EXIT_IO || run->exit_reason == KVM_EXIT_DEBUG,
+		    "vCPU %u: ret %d errno %d exit reason %s, expected I/O, debug or a signal",
 		    r->vcpu->id, r->ret, r->err, exit_reason_str(run->exit_reason));
 
-	if (!r->ret && run->io.port != STUB_PORT) {
+	if (!r->ret && run->exit_reason == KVM_EXIT_IO && run->io.port != STUB_PORT) {
 		switch (get_ucall(r->vcpu, &uc)) {
 		case UCALL_SYNC:
 			r->sync = uc.args[1];
@@ -777,6 +825,51 @@ TEST(malformed)
 	kvm_vm_free(t.vm);
 }
 
+/*
+ * Check that a blocked vCPU uses no CPU time while another vCPU exits 20 times.
+ * In rare cases, KVM wakes a blocked vCPU for another reason, mostly to update
+ * the guest's clock some time after another vCPU has moved to another CPU.
+ * Such a wake-up causes no exit.  Therefore repeat the measurement until the
+ * blocked vCPU has used no CPU time in a round.
+ */
+static void check_no_cpu_time(struct test_vm *t, int flusher)
+{
+	struct runner *r = &t->runners[flusher];
+	uint64_t blocks, exits, ns, start;
+	int i;
+
+	pin_to_cpu();
+	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks");
+	runner_wait_asleep(r);
+	exits = vcpu_get_stat(r->vcpu, "exits");
+
+	start = now_ns();
+	do {
+		ns = runner_cpu_ns(r);
+		for (i = 0; i < 20; i++)
+			vcpu_run_to_sync(t->vcpus[OTHER]);
+		ns = runner_cpu_ns(r) - ns;
+
+		TEST_ASSERT((now_ns() - start) / NSEC_PER_SEC < WAIT_LIMIT_SECS,
+			    "Blocked vCPU %u still uses CPU time after %d s, %lu ns in the last round",
+			    r->vcpu->id, WAIT_LIMIT_SECS, ns);
+	} while (ns);
+
+	unpin_from_cpu();
+	exits = vcpu_get_stat(r->vcpu, "exits") - exits;
+	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - blocks;
+	TEST_ASSERT(!exits && !blocks,
+		    "Blocked vCPU %u had %lu exits and %lu more blocks, expected 0 and 0",
+		    r->vcpu->id, exits, blocks);
+}
+
+static void wait_progress(uint64_t *count, uint64_t from,
+			  const char *what)
+{
+	__wait_for(READ_ONCE(*count) != from, "%s is stuck at %lu for %d s", what, from,
+		   WAIT_LIMIT_SECS);
+}
+
 TEST(several)
 {
 	struct test_vm t;
@@ -793,45 +886,37 @@ TEST(several)
 	finish(&t, 0, 1);
 	finish(&t, 1, 1);
 
-	/* Two inhibited VPs: one flusher waits for one, the other for both. */
+	/*
+	 * Two inhibited VPs: one flusher waits for one, the other for both.  The
+	 * latter sleeps until both are released.
+	 */
 	hold(&t, TARGET, OWNER);
 	hold(&t, OTHER, OWNER);
 	start_blocked(&t, 0);
 	start_blocked(&t, 1);
 	release(&t, TARGET, OWNER);
 	finish(&t, 0, 1);
-	runner_wait_blocked(&t.runners[1], 2);
+	vcpu_run_to_sync(t.vcpus[OTHER]);
+	check_no_cpu_time(&t, 1);
 	release(&t, OTHER, OWNER);
-	finish(&t, 1, 2);
+	finish(&t, 1, 1);
 
 	/* Two owners of one VP. */
 	hold(&t, TARGET, OWNER);
 	hold(&t, TARGET, OWNER2);
 	start_blocked(&t, 0);
 	release(&t, TARGET, OWNER);
-	runner_wait_blocked(&t.runners[0], 2);
+	check_no_cpu_time(&t, 0);
 	check_owners(&t, TARGET, OWNER2);
-	release(&t, TARGET, OWNER2);
-	finish(&t, 0, 2);
 
-	/* Replace the first owner with the second in one step. */
-	hold(&t, TARGET, OWNER);
-	start_blocked(&t, 0);
-	set_inhibit(&t, TARGET, OWNER2, -1u);
-	runner_wait_blocked(&t.runners[0], 2);
-
-	/* Adding owners and removing owners that are not set wakes nobody. */
+	/* Neither do these calls wake the flusher. */
 	hold(&t, OTHER, OWNER);
 	hold(&t, TARGET, OWNER2);
 	release(&t, TARGET, OWNER);
-	runner_wait_asleep(&t.runners[0]);
-	runner_check_blocks(&t.runners[0], 2);
-
-	/* A release of another VP wakes the flusher, which blocks again. */
 	release(&t, OTHER, OWNER);
-	runner_wait_blocked(&t.runners[0], 3);
+	check_no_cpu_time(&t, 0);
 	release(&t, TARGET, OWNER2);
-	finish(&t, 0, 3);
+	finish(&t, 0, 1);
 
 	/* Two inhibited VPs flush each other. */
 	set_plain_flush(&t, 0, BIT(1));
@@ -842,10 +927,141 @@ TEST(several)
 	start_blocked(&t, 1);
 	release(&t, 0, OWNER);
 	finish(&t, 1, 1);
-	/* vCPU 0 may have blocked again after the release of its own VP. */
 	release(&t, 1, OWNER);
-	runner_join_sync(&t.runners[0], success(&t, 0));
+	finish(&t, 0, 1);
 
+	kvm_vm_free(t.vm);
+}
+
+/*
+ * A flush waits only for owners that were added before it began.  It completes
+ * although its targets are inhibited at any time.
+ */
+TEST(rotation)
+{
+	static const int targets[] = { 1, TARGET, OTHER };
+	struct test_vm t;
+	int i;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	set_plain_flush(&t, 0, BIT(1) | BIT(TARGET) | BIT(OTHER));
+
+	for (i = 0; i < ARRAY_SIZE(targets); i++)
+		hold(&t, targets[i], OWNER);
+	start_blocked(&t, 0);
+
+	/* At each time, at least two are inhibited. */
+	for (i = 0; i < ARRAY_SIZE(targets); i++) {
+		runner_wait_blocked(&t.runners[0], 1);
+		release(&t, targets[i], OWNER);
+		hold(&t, targets[i], OWNER);
+	}
+	finish(&t, 0, 1);
+
+	/* The next flush waits for those. */
+	start_blocked(&t, 0);
+	for (i = 0; i < ARRAY_SIZE(targets); i++) {
+		runner_wait_blocked(&t.runners[0], 1);
+		check_owners(&t, targets[i], OWNER);
+		release(&t, targets[i], OWNER);
+	}
+	finish(&t, 0, 1);
+
+	/* The same with owners of one VP, also in one step. */
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	hold(&t, TARGET, OWNER2);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	start_blocked(&t, 0);
+	set_inhibit(&t, TARGET, OWNER, -1u);
+	finish(&t, 0, 1);
+
+	/* An owner that is added again is not a new one. */
+	start_blocked(&t, 0);
+	hold(&t, TARGET, OWNER);
+	set_inhibit(&t, TARGET, OWNER | OWNER2, -1u);
+	release(&t, TARGET, OWNER2);
+	runner_wait_asleep(&t.runners[0]);
+	runner_check_blocks(&t.runners[0], 1);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+
+	/*
+	 * The handler of an NMI may change page tables, so the hypercall that it
+	 * returns to waits for newer owners, too.
+	 */
+	set_plain_flush(&t, 1, BIT(TARGET) | BIT(OTHER));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+	hold(&t, OTHER, OWNER);
+	send_event(&t, 1, APIC_DM_NMI);
+	runner_wait_blocked(&t.runners[1], 2);
+	release(&t, TARGET, OWNER);
+	check_no_cpu_time(&t, 1);
+	release(&t, OTHER, OWNER);
+	finish(&t, 1, 2);
+
+	kvm_vm_free(t.vm);
+}
+
+struct toggler {
+	struct test_vm *t;
+	pthread_t thread;
+	uint32_t owner;
+};
+
+static void *toggler_thread(void *arg)
+{
+	struct toggler *toggler = arg;
+	struct kvm_hyperv_tlb_flush_inhibit get;
+	uint32_t owner = toggler->owner;
+	struct test_vm *t = toggler->t;
+	int i, vcpu, on;
+
+	for (i = 0; i < 4000; i++) {
+		vcpu = i & 2 ? TARGET : OTHER;
+		on = i & 1;
+		set_inhibit(t, vcpu, on ? 0 : owner, owner);
+
+		get = (struct kvm_hyperv_tlb_flush_inhibit) { .vp_index = t->vp_index[vcpu] };
+		vm_ioctl(t->vm, KVM_HYPERV_GET_TLB_FLUSH_INHIBIT, &get);
+		TEST_ASSERT(!!(get.owners & owner) == !on,
+			    "Owners of vCPU %d are %#x, expected %#x to be %s",
+			    vcpu, get.owners, owner, on ? "clear" : "set");
+	}
+	return NULL;
+}
+
+/* Threads that change different owners of the same VPs, while two vCPUs flush these. */
+TEST(concurrent)
+{
+	struct toggler togglers[4];
+	struct test_vm t;
+	int i;
+
+	test_vm_create(&t, vp_maps[0], guest_racer);
+	for (i = 0; i < NR_FLUSHERS; i++) {
+		set_plain_flush(&t, i, BIT(TARGET) | BIT(OTHER));
+		start(&t, i);
+		wait_progress(&t.ctx[i]->count, 0, "A flusher");
+	}
+
+	for (i = 0; i < ARRAY_SIZE(togglers); i++) {
+		togglers[i].t = &t;
+		togglers[i].owner = BIT(i * 10);
+		togglers[i].thread = start_thread(toggler_thread, &togglers[i]);
+	}
+	for (i = 0; i < ARRAY_SIZE(togglers); i++)
+		pthread_join(togglers[i].thread, NULL);
+
+	check_owners(&t, TARGET, 0);
+	check_owners(&t, OTHER, 0);
+	for (i = 0; i < NR_FLUSHERS; i++) {
+		wait_progress(&t.ctx[i]->count, READ_ONCE(t.ctx[i]->count), "A flusher");
+		WRITE_ONCE(t.ctx[i]->stop, true);
+		runner_join_sync(&t.runners[i], 0);
+	}
 	kvm_vm_free(t.vm);
 }
 
@@ -942,44 +1158,6 @@ static void wait_count(uint64_t *count, uint64_t expected,
 		    expected);
 }
 
-/*
- * Check that a blocked vCPU uses no CPU time while another vCPU exits 20 times.
- * In rare cases, KVM wakes a blocked vCPU for another reason, mostly to update
- * the guest's clock some time after another vCPU has moved to another CPU.
- * Such a wake-up causes no exit.  Therefore repeat the measurement until the
- * blocked vCPU has used no CPU time in a round.
- */
-static void check_no_cpu_time(struct test_vm *t, int flusher)
-{
-	struct runner *r = &t->runners[flusher];
-	uint64_t blocks, exits, ns, start;
-	int i;
-
-	pin_to_cpu();
-	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks");
-	runner_wait_asleep(r);
-	exits = vcpu_get_stat(r->vcpu, "exits");
-
-	start = now_ns();
-	do {
-		ns = runner_cpu_ns(r);
-		for (i = 0; i < 20; i++)
-			vcpu_run_to_sync(t->vcpus[OTHER]);
-		ns = runner_cpu_ns(r) - ns;
-
-		TEST_ASSERT((now_ns() - start) / NSEC_PER_SEC < WAIT_LIMIT_SECS,
-			    "Blocked vCPU %u still uses CPU time after %d s, %lu ns in the last round",
-			    r->vcpu->id, WAIT_LIMIT_SECS, ns);
-	} while (ns);
-
-	unpin_from_cpu();
-	exits = vcpu_get_stat(r->vcpu, "exits") - exits;
-	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks") - blocks;
-	TEST_ASSERT(!exits && !blocks,
-		    "Blocked vCPU %u had %lu exits and %lu more blocks, expected 0 and 0",
-		    r->vcpu->id, exits, blocks);
-}
-
 /* Check that vCPU 1 handles its NMI and is blocked again, until the release. */
 static void end_after_nmi(struct test_vm *t)
 {
@@ -1064,6 +1242,210 @@ TEST(events)
 	vcpu_events_set(t.vcpus[1], &events);
 	start(&t, 1);
 	end_after_nmi(&t);
+}
+
+/* With KVM_GUESTDBG_BLOCKIRQ, events stay pending, and the vCPU blocked. */
+TEST(blockirq)
+{
+	struct kvm_guest_debug debug = {
+		.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_BLOCKIRQ,
+	};
+	struct test_vm t;
+
+	test_vm_create(&t, vp_maps[0], guest_irq_flusher);
+	vcpu_guest_debug_set(t.vcpus[1], &debug);
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+
+	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
+	check_no_cpu_time(&t, 1);
+
+	release(&t, TARGET, OWNER);
+	finish(&t, 1, 1);
+	TEST_ASSERT(!t.ctx[1]->irqs, "%lu interrupts, expected 0", t.ctx[1]->irqs);
+
+	debug.control = 0;
+	vcpu_guest_debug_set(t.vcpus[1], &debug);
+	start(&t, 1);
+	finish(&t, 1, 0);
+	TEST_ASSERT(t.ctx[1]->irqs == 1, "%lu interrupts, expected 1", t.ctx[1]->irqs);
+	kvm_vm_free(t.vm);
+}
+
+/* A flush that completes is one step of the guest. */
+TEST(single_step)
+{
+	struct kvm_guest_debug debug = {
+		.control = KVM_GUESTDBG_ENABLE | KVM_GUESTDBG_SINGLESTEP,
+	};
+	struct hyperv_hcall_pages *pages;
+	struct kvm_regs regs;
+	struct test_vm t;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	pages = addr_gva2hva(t.vm, (vm_vaddr_t)t.ctx[0]->pages);
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	stop_by_signal(&t.runners[0]);
+
+	vcpu_guest_debug_set(t.vcpus[0], &debug);
+	start_blocked(&t, 0);
+	release(&t, TARGET, OWNER);
+	runner_join(&t.runners[0]);
+	TEST_ASSERT(!t.runners[0].ret && t.vcpus[0]->run->exit_reason == KVM_EXIT_DEBUG,
+		    "KVM_RUN returned %d, exit reason %s, expected 0 and DEBUG",
+		    t.runners[0].ret, exit_reason_str(t.vcpus[0]->run->exit_reason));
+
+	vcpu_regs_get(t.vcpus[0], &regs);
+	TEST_ASSERT(regs.rip == pages->hcall + 3 && regs.rax == success(&t, 0),
+		    "RIP %#llx RAX %#llx, expected %#lx after the hypercall and %#lx",
+		    regs.rip, regs.rax, pages->hcall + 3, success(&t, 0));
+
+	debug.control = 0;
+	vcpu_guest_debug_set(t.vcpus[0], &debug);
+	start(&t, 0);
+	finish(&t, 0, 0);
+	kvm_vm_free(t.vm);
+}
+
+/* A timer of SynIC whose interrupt is masked does not end the blocked state. */
+TEST(timer)
+{
+	uint64_t wakeups;
+	struct test_vm t;
+
+	test_vm_create(&t, vp_maps[0], guest_apic_flusher);
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+
+	/* An interrupt every ms: 10000 units of 100 ns */
+	vcpu_enable_cap(t.vcpus[0], KVM_CAP_HYPERV_SYNIC2, 0);
+	vcpu_set_msr(t.vcpus[0], HV_X64_MSR_STIMER0_COUNT, 10000);
+	vcpu_set_msr(t.vcpus[0], HV_X64_MSR_STIMER0_CONFIG,
+		     STIMER_DIRECT | IRQ_VECTOR << 4 | STIMER_PERIODIC | STIMER_ENABLE);
+	wakeups = vcpu_get_stat(t.vcpus[0], "halt_wakeup");
+	start_blocked(&t, 0);
+
+	vcpu_wait_stat(t.vcpus[0], "halt_wakeup", wakeups + 20);
+	runner_check_blocks(&t.runners[0], 1);
+
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
+/*
+ * The notification that a page is ready stays pending, because interrupts are
+ * disabled.  Therefore KVM cannot send that of the second page.
+ */
+TEST(async_pf)
+{
+	struct userspace_mem_region *region;
+	struct test_vm t;
+	int uffd, i;
+	void *page;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	vm_userspace_mem_region_add(t.vm, VM_MEM_SRC_ANONYMOUS, FAULT_GPA,
+				    FAULT_SLOT, 2, 0);
+	region = memslot2region(t.vm, FAULT_SLOT);
+	virt_map(t.vm, FAULT_GPA, FAULT_GPA, 2);
+	uffd = uffd_register(region->host_mem, 2 * PAGE_SIZE, 0);
+
+	vm_install_exception_handler(t.vm, PF_VECTOR, guest_apf_handler);
+	t.ctx[1]->apf_gpa = addr_gva2gpa(t.vm, (vm_vaddr_t)event_ctx) +
+			    offsetof(struct guest_ctx, apf);
+	set_call(t.vcpus[1], guest_apf_flusher, (uint64_t)event_ctx);
+	vcpu_run_to_sync(t.vcpus[1]);
+
+	set_plain_flush(&t, 1, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 1);
+
+	for (i = 0; i < 2; i++) {
+		page = (void *)(uffd_wait_for_fault(uffd).arg.pagefault.address &
+				~(PAGE_SIZE - 1ull));
+		uffd_provide(uffd, page, NULL, PAGE_SIZE);
+	}
+	__wait_for(READ_ONCE(t.ctx[1]->apf.token), "No page is ready after %d s",
+		   WAIT_LIMIT_SECS);
+	for (i = 0; i < 10; i++)
+		check_no_cpu_time(&t, 1);
+
+	release(&t, TARGET, OWNER);
+	runner_join_sync(&t.runners[1], success(&t, 1));
+	close(uffd);
+	kvm_vm_free(t.vm);
+}
+
+static void guest_spinner(void)
+{
+	for (;;)
+		cpu_relax();
+}
+
+/*
+ * Run a vCPU on the CPU of this thread until it has been preempted, and return
+ * whether it was reported to the guest as preempted.
+ */
+static bool is_reported_preempted(struct test_vm *t, int vcpu,
+				  struct kvm_steal_time *st)
+{
+	struct runner r;
+	uint64_t before;
+	bool reported;
+
+	before = vcpu_get_stat(t->vcpus[vcpu], "preemption_reported");
+	set_call(t->vcpus[vcpu], guest_spinner, 0);
+	pin_to_cpu();
+	runner_start(&r, t->vcpus[vcpu]);
+	__wait_for((reported = READ_ONCE(st->preempted)) ||
+		   vcpu_get_stat(t->vcpus[vcpu], "preemption_reported") > before + 5,
+		   "The vCPU was not preempted in %d s", WAIT_LIMIT_SECS);
+	stop_by_signal(&r);
+	unpin_from_cpu();
+	return reported;
+}
+
+/*
+ * With KVM_FEATURE_PV_TLB_FLUSH, the guest leaves flushes of vCPUs that are
+ * reported as preempted to KVM.
+ */
+TEST(steal_time)
+{
+	struct kvm_steal_time *st;
+	struct test_vm t;
+	uint64_t gpa;
+	int r;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	gpa = addr_gva2gpa(t.vm, vm_vaddr_alloc_page(t.vm));
+	st = addr_gpa2hva(t.vm, gpa);
+
+	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, gpa | KVM_MSR_ENABLED);
+	TEST_ASSERT(is_reported_preempted(&t, OTHER, st),
+		    "Without TlbFlushInhibit, the vCPU was not reported as preempted");
+
+	r = __set_inhibit(&t, t.vp_index[TARGET], OWNER, OWNER);
+	TEST_ASSERT(r == -1 && errno == EBUSY,
+		    "SET with steal time enabled: returned %d errno %d, expected -1 errno %d",
+		    r, errno, EBUSY);
+	check_owners(&t, TARGET, 0);
+
+	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, 0);
+	memset(st, 0, sizeof(*st));
+	release(&t, TARGET, OWNER);
+
+	/* Now the guest may enable it again. */
+	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, gpa | KVM_MSR_ENABLED);
+	TEST_ASSERT(!is_reported_preempted(&t, OTHER, st),
+		    "With TlbFlushInhibit, the vCPU was reported as preempted");
+	TEST_ASSERT(st->version, "KVM does not update the steal time");
+	hold(&t, TARGET, OWNER);
+	release(&t, TARGET, OWNER);
+	kvm_vm_free(t.vm);
 }
 
 /* Wait until the vCPU exits at the OUT of the code that SIPI or SMI starts. */
@@ -1377,13 +1759,6 @@ TEST(page_in)
 
 	close(uffd);
 	kvm_vm_free(t.vm);
-}
-
-static void wait_progress(uint64_t *count, uint64_t from,
-			  const char *what)
-{
-	__wait_for(READ_ONCE(*count) != from, "%s is stuck at %lu for %d s", what, from,
-		   WAIT_LIMIT_SECS);
 }
 
 static uint64_t flushers_blocked(struct test_vm *t)
