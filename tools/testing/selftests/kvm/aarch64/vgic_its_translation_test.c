@@ -476,14 +476,12 @@ static int signal_msi(uint64_t doorbell, uint32_t device_id, uint32_t event_id)
 }
 
 /*
- * Run all vCPUs once.  Check that, since the last call, they have taken @intid
- * once, on @vcpu_id, and no other LPI; or no LPI at all if @intid is 0.
+ * Check that, since the last call, the vCPUs have taken @intid once, on @vcpu_id, and
+ * no other LPI; or no LPI at all if @intid is 0.
  */
-static void check_delivered(const char *what, uint32_t intid, uint32_t vcpu_id)
+static void check_taken(const char *what, uint32_t intid, uint32_t vcpu_id)
 {
 	int i;
-
-	run_vcpus();
 
 	sync_global_from_guest(vm, delivered);
 	for (i = 0; i < MAX_VCPU_IDS; i++) {
@@ -497,6 +495,13 @@ static void check_delivered(const char *what, uint32_t intid, uint32_t vcpu_id)
 	}
 	memset(delivered, 0, sizeof(delivered));
 	sync_global_to_guest(vm, delivered);
+}
+
+/* The same, after all vCPUs have run once */
+static void check_delivered(const char *what, uint32_t intid, uint32_t vcpu_id)
+{
+	run_vcpus();
+	check_taken(what, intid, vcpu_id);
 }
 
 struct result {
@@ -1251,17 +1256,21 @@ TEST(reset_pending)
 	destroy_vm();
 }
 
-/* The LPI is on the ap_list of vCPU 0, but vCPU 1 is the target. */
+/* vCPU 1 becomes the target.  It must not take the LPI before the second command. */
 static void guest_movi_discard(void)
 {
+	local_irq_disable();
 	its_send_movi(&its[0], DEV_A, 0, 1);
 	its_send_discard(&its[0], DEV_A, 0);
+	local_irq_enable();
 }
 
 static void guest_movall_discard(void)
 {
+	local_irq_disable();
 	its_send_movall(&its[0], 0, 1);
 	its_send_discard(&its[0], DEV_A, 0);
+	local_irq_enable();
 }
 
 /* DISCARD has no effect on an event whose collection is not mapped. */
@@ -1369,11 +1378,11 @@ static void *hold_thread(void *arg)
 
 /*
  * LPI_A0 is in a list register of vCPU 0, which runs, when vCPU 1 executes a command
- * after which the LPI must not be taken any more.  A tick can make vCPU 0 leave the
- * guest at the right time by chance, so try it several times.
+ * after which vCPU 0 must not take the LPI any more.  vCPU 1 takes it if @moved.  A tick
+ * can make vCPU 0 leave the guest at the right time by chance, so try it several times.
  */
 static void test_in_list_register(const char *what, void (*command)(void),
-				  void (*undo)(void))
+				  void (*undo)(void), bool moved)
 {
 	enum hold_stage *stage;
 	pthread_t thread;
@@ -1398,7 +1407,7 @@ static void test_in_list_register(const char *what, void (*command)(void),
 		TEST_ASSERT(hppir == IAR_SPURIOUS,
 			    "%s, LPI in a list register: expected INTID %u to be pending, got %u",
 			    what, IAR_SPURIOUS, hppir);
-		check_delivered(what, 0, 0);
+		check_delivered(what, moved ? LPI_A0 : 0, 1);
 
 		run_vcpu(vcpus[1], undo);
 		check_msi(what, doorbell(&its[0]), DEV_A, 0, &msis[0].result);
@@ -2093,13 +2102,308 @@ TEST(unmap_pending_clear_device_baser)
 
 TEST(in_list_register_discard)
 {
-	test_in_list_register("DISCARD", guest_discard, guest_mapti_a0);
+	test_in_list_register("DISCARD", guest_discard, guest_mapti_a0, false);
 }
 
 TEST(in_list_register_lpis_disable)
 {
 	test_in_list_register("EnableLPIs cleared", guest_lpis_disable,
-			      guest_lpis_enable);
+			      guest_lpis_enable, false);
+}
+
+static void guest_movi_back(void)
+{
+	its_send_movi(&its[0], DEV_A, 0, 0);
+}
+
+static void guest_movall_back(void)
+{
+	its_send_movall(&its[0], 1, 0);
+}
+
+static void guest_mapc_back(void)
+{
+	its_send_mapc(&its[0], 0, 0, true);
+}
+
+TEST(in_list_register_movi)
+{
+	test_in_list_register("MOVI", guest_movi, guest_movi_back, true);
+}
+
+TEST(in_list_register_movall)
+{
+	test_in_list_register("MOVALL", guest_movall, guest_movall_back, true);
+}
+
+TEST(in_list_register_mapc)
+{
+	test_in_list_register("MAPC, other target", guest_mapc_retarget,
+			      guest_mapc_back, true);
+}
+
+static void guest_lpis_disable_own(void)
+{
+	gicr_set_lpis_enabled(GICR_BASE_GPA, 1, false);
+}
+
+static void guest_lpis_enable_own(void)
+{
+	gicr_set_lpis_enabled(GICR_BASE_GPA, 1, true);
+}
+
+/* vCPU 1 does not take the LPI when it enables LPIs, either. */
+static void guest_lpis_disable_own_movi(void)
+{
+	guest_lpis_disable_own();
+	guest_movi();
+}
+
+static void guest_lpis_enable_own_movi_back(void)
+{
+	guest_lpis_enable_own();
+	guest_movi_back();
+}
+
+TEST(in_list_register_movi_disabled)
+{
+	test_in_list_register("EnableLPIs of the target cleared, MOVI",
+			      guest_lpis_disable_own_movi,
+			      guest_lpis_enable_own_movi_back, false);
+}
+
+/*
+ * LPI_A0 is pending on vCPU 0, which does not run, when vCPU 1 moves it to itself.
+ * vCPU 1 must take it without waiting for vCPU 0.
+ */
+static void test_move_pending(const char *what, void (*move)(void))
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], move);
+	run_vcpu(vcpus[1], NULL);
+	check_taken(what, LPI_A0, 1);
+	check_delivered(what, 0, 0);
+
+	destroy_vm();
+}
+
+TEST(move_pending_movi)
+{
+	test_move_pending("MOVI of a pending LPI", guest_movi);
+}
+
+TEST(move_pending_movall)
+{
+	test_move_pending("MOVALL of a pending LPI", guest_movall);
+}
+
+TEST(move_pending_mapc)
+{
+	test_move_pending("MAPC, other target, with an LPI pending",
+			  guest_mapc_retarget);
+}
+
+/* vCPU 0 disables LPIs after the LPI has left. */
+static void guest_movi_lpis_disable(void)
+{
+	guest_movi();
+	guest_lpis_disable();
+}
+
+TEST(move_pending_movi_lpis_disable)
+{
+	test_move_pending("MOVI of a pending LPI, EnableLPIs of the source cleared",
+			  guest_movi_lpis_disable);
+}
+
+static void guest_clear_movi(void)
+{
+	guest_clear();
+	guest_movi();
+}
+
+/*
+ * CLEAR and MOVI leave the LPI on the ap_list of vCPU 0, which does not run.  The next
+ * MSI must reach vCPU 1 nevertheless.
+ */
+TEST(move_cleared)
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_clear_movi);
+	check_taken("CLEAR of a pending LPI, MOVI", 0, 0);
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], NULL);
+	check_taken("MSI after CLEAR, MOVI", LPI_A0, 1);
+	check_delivered("MSI after CLEAR, MOVI", 0, 0);
+
+	destroy_vm();
+}
+
+/*
+ * A redistributor with LPIs disabled ignores commands, so a pending LPI that is moved
+ * to it is not pending any more.
+ */
+static void test_move_disabled(const char *what, void (*move)(void))
+{
+	const struct result moved = DELIVERED(LPI_A0, 1);
+
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_lpis_disable_own);
+	run_vcpu(vcpus[1], move);
+	check_delivered(what, 0, 0);
+	run_vcpu(vcpus[1], guest_lpis_enable_own);
+	check_delivered(what, 0, 0);
+	check_msi(what, doorbell(&its[0]), DEV_A, 0, &moved);
+
+	destroy_vm();
+}
+
+TEST(move_disabled_movi)
+{
+	test_move_disabled("EnableLPIs of the target cleared, MOVI", guest_movi);
+}
+
+TEST(move_disabled_movall)
+{
+	test_move_disabled("EnableLPIs of the target cleared, MOVALL", guest_movall);
+}
+
+TEST(move_disabled_mapc)
+{
+	test_move_disabled("EnableLPIs of the target cleared, MAPC",
+			   guest_mapc_retarget);
+}
+
+/* The LPI must not be pending when it comes back, either. */
+static void guest_movi_forth_and_back(void)
+{
+	guest_movi();
+	guest_movi_back();
+}
+
+TEST(move_disabled_movi_back)
+{
+	create_vm();
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_lpis_disable_own);
+	run_vcpu(vcpus[1], guest_movi_forth_and_back);
+	check_delivered("EnableLPIs of the target cleared, MOVI, MOVI back", 0, 0);
+	check_msi("EnableLPIs of the target cleared, MOVI, MOVI back",
+		  doorbell(&its[0]), DEV_A, 0, &msis[0].result);
+
+	destroy_vm();
+}
+
+/* The byte that contains the bit of LPI_A0, in pending table @table */
+static uint8_t *pending_byte(uint32_t table)
+{
+	return addr_gpa2hva(vm, tables.pending + table * SZ_64K + LPI_A0 / 8);
+}
+
+#define PENDING_A0	(1 << LPI_A0 % 8)
+
+static void check_pending_byte(const char *what, uint32_t table)
+{
+	uint8_t byte = READ_ONCE(*pending_byte(table));
+
+	TEST_ASSERT(byte == PENDING_A0,
+		    "%s: expected byte of pending table %u to be %#x, got %#x", what,
+		    table, PENDING_A0, byte);
+}
+
+/* The pending table that vCPU 1 uses when it enables LPIs; shared with the guest */
+static uint32_t pending_table;
+
+static void guest_lpis_enable_own_table(void)
+{
+	writeq(tables.pending + pending_table * SZ_64K,
+	       (void *)(GICR_BASE_GPA + SZ_128K + GICR_PENDBASER));
+	guest_lpis_enable_own();
+}
+
+static void guest_mapti_a0_own(void)
+{
+	its_send_mapti(&its[0], DEV_A, 0, 1, LPI_A0);
+}
+
+/*
+ * LPI_A0 is mapped while its target has LPIs disabled, and is pending in the pending
+ * table of the target.  KVM must neither use nor change this table, which may be any
+ * memory, until the guest enables LPIs with it, or with another one.
+ */
+static void test_mapti_disabled(const char *what, uint32_t table)
+{
+	const struct result moved = DELIVERED(LPI_A0, 1);
+
+	create_vm();
+	pending_table = table;
+	sync_global_to_guest(vm, pending_table);
+
+	run_vcpu(vcpus[1], guest_lpis_disable_own);
+	run_vcpu(vcpus[1], guest_discard);
+	*pending_byte(1) = PENDING_A0;
+
+	run_vcpu(vcpus[1], guest_mapti_a0_own);
+	check_pending_byte(what, 1);
+	check_delivered(what, 0, 0);
+
+	run_vcpu(vcpus[1], guest_lpis_enable_own_table);
+	check_delivered(what, table == 1 ? LPI_A0 : 0, 1);
+	check_msi(what, doorbell(&its[0]), DEV_A, 0, &moved);
+
+	destroy_vm();
+}
+
+TEST(mapti_disabled)
+{
+	test_mapti_disabled("EnableLPIs cleared, MAPTI, EnableLPIs set", 1);
+}
+
+TEST(mapti_disabled_other_table)
+{
+	test_mapti_disabled("EnableLPIs cleared, MAPTI, GICR_PENDBASER, EnableLPIs set",
+			    2);
+}
+
+/* The guest has set a bit of the pending table, but not enabled LPIs yet. */
+TEST(save_pending_disabled)
+{
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_lpis_disable);
+	*pending_byte(0) = PENDING_A0;
+	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, NULL);
+	check_pending_byte("EnableLPIs cleared, save", 0);
+
+	destroy_vm();
+}
+
+/* KVM_IRQ_LINE is for SPIs.  LPI_A0 is mapped, but its number is not that of an SPI. */
+TEST(irq_line_lpi)
+{
+	struct kvm_irq_level irq = {
+		.irq	= KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | LPI_A0,
+		.level	= 1,
+	};
+	int ret;
+
+	create_vm();
+
+	ret = __vm_ioctl(vm, KVM_IRQ_LINE, &irq);
+	TEST_ASSERT(ret == -1 && errno == EINVAL,
+		    "KVM_IRQ_LINE with the INTID of an LPI: expected -1 with EINVAL (%d), got %d with %d",
+		    EINVAL, ret, errno);
+	check_delivered("KVM_IRQ_LINE with the INTID of an LPI", 0, 0);
+
+	destroy_vm();
 }
 
 int main(int argc, char *argv[])
