@@ -1020,6 +1020,71 @@ TEST_F(pfncache, ksm)
 	write_file("/sys/kernel/mm/ksm/run", "2");
 }
 
+static bool is_resident(void *p)
+{
+	unsigned char vec;
+
+	TEST_ASSERT(!mincore(p, page_size, &vec), "mincore(): %s", strerror(errno));
+	return vec & 1;
+}
+
+static void page_out(unsigned int nr, size_t size)
+{
+	TEST_ASSERT(!madvise(page(nr), size, MADV_PAGEOUT),
+		    "madvise(MADV_PAGEOUT): %s", strerror(errno));
+}
+
+/*
+ * Reclaim drops pages that userspace has freed lazily, and keeps what KVM has written
+ * to such a page.  The page after shared_info shows that reclaim has done its work.
+ */
+TEST_F(pfncache, lazy_free)
+{
+	unsigned long *control;
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	control = pending(SHINFO_PAGE + 1);
+
+	memset(page(SHINFO_PAGE), 0, page_size);
+	*control = 0x5a;
+	TEST_ASSERT(!madvise(page(SHINFO_PAGE), 2 * page_size, MADV_FREE),
+		    "madvise(MADV_FREE): %s", strerror(errno));
+	expect_send(1, 0);
+
+	wait_for(({ page_out(SHINFO_PAGE, 2 * page_size); !get(control); }));
+	TEST_ASSERT(shinfo_pending() == 0x2, "expected 0x2 pending, got %#lx",
+		    shinfo_pending());
+}
+
+/* The same for pages of shared memory that were only read. */
+TEST_F(pfncache, read_only_shmem)
+{
+	void *p, *control;
+	int fd;
+
+	create_vm(NR_PAGES);
+	p = page(SHINFO_PAGE);
+	control = page(SHINFO_PAGE + 1);
+
+	fd = memfd_create("shinfo", 0);
+	TEST_ASSERT(fd >= 0 && !ftruncate(fd, 2 * page_size), "memfd: %s", strerror(errno));
+	TEST_ASSERT(mmap(p, 2 * page_size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+			 fd, 0) == p, "mmap(): %s", strerror(errno));
+	set_shinfo(SHINFO_PAGE);
+
+	/* With new pages, which are mapped for reading first */
+	TEST_ASSERT(!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+			       2 * page_size), "fallocate(): %s", strerror(errno));
+	TEST_ASSERT(!get(p) && !get(control), "expected new pages to be zero");
+	expect_send(1, 0);
+
+	wait_for(({ page_out(SHINFO_PAGE, 2 * page_size); !is_resident(control); }));
+	TEST_ASSERT(shinfo_pending() == 0x2, "expected 0x2 pending, got %#lx",
+		    shinfo_pending());
+	close(fd);
+}
+
 /* No page or no writable page: an error, and success when there is one again. */
 TEST_F(pfncache, bad_address)
 {
