@@ -2307,7 +2307,7 @@ static uint8_t *pending_byte(uint32_t table)
 	return addr_gpa2hva(vm, tables.pending + table * SZ_64K + LPI_A0 / 8);
 }
 
-#define PENDING_A0	BIT(LPI_A0 % 8)
+#define PENDING_A0	((uint8_t)BIT(LPI_A0 % 8))
 
 static void check_pending_byte(const char *what, uint32_t table)
 {
