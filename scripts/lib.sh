@@ -160,7 +160,7 @@ kernel_sources() (
 kmake() {
 	local src=$1 out=$2 cc=$kernel_cc
 	shift 2
-	command -v ccache > /dev/null && cc="ccache $kernel_cc"
+	command -v ccache > /dev/null && cc="$TOP/scripts/ccache-cc $kernel_cc"
 	CCACHE_NOHASHDIR=1 KBUILD_BUILD_TIMESTAMP=2000-01-01 \
 	KBUILD_BUILD_USER=kvm-series KBUILD_BUILD_HOST=localhost \
 		make -s -C "$src" O="$out" "${kernel_make[@]}" CC="$cc" -j"$JOBS" "$@"
