@@ -122,6 +122,19 @@ ok "cases without a plan are red" without_plan
 ok "a leak is red, with its report" leaks
 ok "no leak is green" stays_green x86_64 debug $'60\tv\t/victim pass'
 
+# As piggy.S does, an assembler source includes a file whose length alone is in the source.
+includes_the_file() {
+	local n
+	printf '.incbin "%s/payload"\n' "$work" > "$work/p.S"
+	for n in 1 2; do
+		printf %s "payload$n" > "$work/payload"
+		CCACHE_DIR=$work/ccache CCACHE_DEPEND=1 \
+			"$TOP/scripts/ccache-cc" gcc -MMD -MF "$work/p.d" -c -o "$work/p.o" "$work/p.S" || return 1
+		grep -q "payload$n" "$work/p.o" || return 1
+	done
+}
+ok "no object with another file comes from ccache" includes_the_file
+
 # Shell code: nothing goes on after a command that failed.
 breaks_off() {
 	say begins

@@ -839,8 +839,9 @@ static void check_no_cpu_time(struct test_vm *t, int flusher)
 	int i;
 
 	pin_to_cpu();
-	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks");
+	/* Until the vCPU sleeps, it may still be busy with an event. */
 	runner_wait_asleep(r);
+	blocks = vcpu_get_stat(r->vcpu, "hv_tlb_flush_blocks");
 	exits = vcpu_get_stat(r->vcpu, "exits");
 
 	start = now_ns();
@@ -1437,11 +1438,13 @@ TEST(steal_time)
 	check_owners(&t, TARGET, 0);
 
 	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, 0);
-	memset(st, 0, sizeof(*st));
 	release(&t, TARGET, OWNER);
 
-	/* Now the guest may enable it again. */
+	/* Now the guest may enable it again.  Its memory says what it said before. */
+	st->preempted = KVM_VCPU_PREEMPTED;
 	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, gpa | KVM_MSR_ENABLED);
+	TEST_ASSERT(!st->preempted,
+		    "After steal time was enabled, the vCPU is reported as preempted");
 	TEST_ASSERT(!is_reported_preempted(&t, OTHER, st),
 		    "With TlbFlushInhibit, the vCPU was reported as preempted");
 	TEST_ASSERT(st->version, "KVM does not update the steal time");
@@ -1539,11 +1542,13 @@ TEST(save_restore)
 	struct kvm_hyperv_tlb_flush_inhibit inhibit;
 	struct kvm_x86_state *states[NR_VCPUS];
 	struct test_vm t;
-	int i;
+	int i, r;
 
 	test_vm_create(&t, vp_maps[2], guest_flusher);
 	set_plain_flush(&t, 0, BIT(TARGET));
 	hold(&t, TARGET, OWNER | OWNER2);
+	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME,
+		     addr_gva2gpa(t.vm, vm_vaddr_alloc_page(t.vm)) | KVM_MSR_ENABLED);
 	start_blocked(&t, 0);
 	stop_by_signal(&t.runners[0]);
 
@@ -1560,6 +1565,11 @@ TEST(save_restore)
 	for (i = 0; i < NR_VCPUS; i++) {
 		t.vcpus[i] = vm_vcpu_recreate(t.vm, i);
 		vcpu_set_hv_cpuid(t.vcpus[i]);
+		/* Before the MSRs, i.e. with the VP index that a vCPU has at first */
+		if (!i) {
+			r = __set_inhibit(&t, 0, 0, -1u);
+			TEST_ASSERT(!r, KVM_IOCTL_ERROR(KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, r));
+		}
 		vcpu_load_state(t.vcpus[i], states[i]);
 		kvm_x86_state_cleanup(states[i]);
 	}
