@@ -109,6 +109,9 @@ static struct {
 	{ "/sys/module/kvm/parameters/eager_page_split" },
 	{ "/sys/kernel/debug/failslab/ignore-gfp-wait" },
 	{ "/sys/kernel/debug/failslab/verbose" },
+	{ "/sys/kernel/debug/failslab/task-filter" },
+	{ "/sys/kernel/debug/failslab/times" },
+	{ "/sys/kernel/debug/failslab/probability" },
 };
 
 static void read_setting(const char *path, char *value, size_t size)

@@ -53,10 +53,15 @@
 #define VCPU_INFO_PAGE	4
 #define SHINFO_PAGE	32
 
-#define NR_SLOTS	16		/* KVM_NR_GPC_RANGES */
-#define NR_OVERFLOW	20
-#define NR_THREADS	(NR_OVERFLOW + 2)
+/* More pages on each side of the page than KVM records ranges of at first. */
+#define NR_SIDE		20
+#define NR_THREADS	(2 * NR_SIDE + 1)
 
+#define KVM_MIN_GPC_RECORDS	16
+#define NR_OVERFLOW		4
+#define NR_SENDERS		4
+
+#define FAILSLAB	"/sys/kernel/debug/failslab/"
 #define SPIN_US		"/sys/module/kvm/parameters/pfncache_spin_us"
 
 static size_t page_size;
@@ -669,9 +674,10 @@ static bool is_asleep(struct thread *t)
 }
 
 /*
- * One invalidation has ended and another one has not.  Each end wakes all waiters,
- * so a waiter that is asleep now has checked again since the end.  The time of a
- * wait is counted when the wait is over: it must not be counted yet.
+ * One invalidation of the page has ended and another one has not.  Each end wakes all
+ * refreshes of pages in its range, so one that is asleep now has checked again since
+ * the end.  The time of a wait is counted when the wait is over: it must not be
+ * counted yet.
  */
 static void expect_waits_on(struct thread *t, uint64_t waited_ns)
 {
@@ -755,27 +761,115 @@ TEST_F(gate, overlap)
 	}
 }
 
-/* More invalidations at once than KVM has slots for. */
-TEST_F(gate, overflow)
+/* Fail if a send that needs a refresh waits for an invalidation. */
+static void expect_no_wait(void)
 {
-	int gate = open_gate();
-	uint64_t overflows, waits;
+	uint64_t waits = vm_get_stat(vm, "pfncache_wait");
+
+	drop(SHINFO_PAGE, page_size);
+	set(&sh->done, 0);
+	start(&threads[0], sender_fn);
+	wait_for(get(&sh->done) || vm_get_stat(vm, "pfncache_wait") > waits);
+	waits = vm_get_stat(vm, "pfncache_wait") - waits;
+	WINDOW_ASSERT(!waits, "refresh expected not to wait for other pages, it did");
+	join(&threads[0]);
+	WINDOW_ASSERT(shinfo_pending() == 0x8, "expected 0x8 pending, got %#lx",
+		      shinfo_pending());
+}
+
+static unsigned int first_page(bool above)
+{
+	return above ? SHINFO_PAGE + 1 : SHINFO_PAGE - NR_SIDE;
+}
+
+/* Stop NR_SIDE invalidations on one side of the page. */
+static void stop_side(int gate, bool above)
+{
 	unsigned int i;
 
+	close_gate(gate, first_page(above), NR_SIDE, MMU_GATE_END);
+	for (i = 0; i < NR_SIDE; i++)
+		start_dropper(&threads[1 + above * NR_SIDE + i], first_page(above) + i, 1);
+	wait_gate(gate, NR_SIDE);
+}
+
+static void end_side(int gate, bool above)
+{
+	unsigned int i;
+
+	open_for_all(gate);
+	for (i = 0; i < NR_SIDE; i++)
+		join(&threads[1 + above * NR_SIDE + i]);
+}
+
+/*
+ * Many invalidations are in flight on both sides of the page, and never do all of
+ * those of one side end before others begin on the other side.
+ */
+TEST_F(gate, many)
+{
+	int gate[2] = { open_gate(), open_gate() };
+	uint64_t overflows;
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate[0]);
+	attach_gate(gate[1]);
+	set_shinfo(SHINFO_PAGE);
+	overflows = vm_get_stat(vm, "pfncache_overflow");
+
+	stop_side(gate[0], false);
+	stop_side(gate[1], true);
+	for (i = 0; i < nr_rounds; i++) {
+		expect_no_wait();
+		end_side(gate[i % 2], i % 2);
+		stop_side(gate[i % 2], i % 2);
+	}
+	end_side(gate[0], false);
+	end_side(gate[1], true);
+
+	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
+	TEST_ASSERT(!overflows, "expected no overflow, got %lu", overflows);
+}
+
+/* Allocations that must not sleep fail. */
+static void failing_dropper_fn(struct thread *t)
+{
+	write_file("/proc/thread-self/make-it-fail", "1");
+	dropper_fn(t);
+	write_file("/proc/thread-self/make-it-fail", "0");
+}
+
+/* Ranges for which KVM cannot allocate memory are merged. */
+TEST_F(gate, overflow)
+{
+	uint64_t overflows, waits;
+	unsigned int i, n = 0;
+	int gate;
+
+	__TEST_REQUIRE(!access("/proc/thread-self/make-it-fail", W_OK) &&
+		       write_setting(FAILSLAB "task-filter", "Y") &&
+		       write_setting(FAILSLAB "verbose", "0") &&
+		       write_setting(FAILSLAB "times", "-1") &&
+		       write_setting(FAILSLAB "probability", "100"),
+		       "needs a kernel with FAILSLAB");
+
+	gate = open_gate();
 	create_vm(NR_PAGES);
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
 
 	overflows = vm_get_stat(vm, "pfncache_overflow");
-	close_gate(gate, VCPU_INFO_PAGE + 1, SHINFO_PAGE - VCPU_INFO_PAGE,
-		   MMU_GATE_END);
-	for (i = 0; i < NR_OVERFLOW; i++) {
-		start_dropper(&threads[1 + i], VCPU_INFO_PAGE + 1 + i, 1);
-		wait_gate(gate, i + 1);
+	close_gate(gate, first_page(false), NR_SIDE + 1, MMU_GATE_END);
+	for (i = 0; i < KVM_MIN_GPC_RECORDS + NR_OVERFLOW; i++) {
+		threads[1 + n].nr = first_page(false) + i;
+		threads[1 + n].nr_pages = 1;
+		start(&threads[1 + n], failing_dropper_fn);
+		wait_gate(gate, ++n);
 	}
 	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
-	WINDOW_ASSERT(overflows == NR_OVERFLOW - NR_SLOTS, "expected %d overflows, got %lu",
-		      NR_OVERFLOW - NR_SLOTS, overflows);
+	WINDOW_ASSERT(overflows == NR_OVERFLOW, "expected %d overflows, got %lu",
+		      NR_OVERFLOW, overflows);
 
 	/* None of them contains the page. */
 	waits = vm_get_stat(vm, "pfncache_wait");
@@ -784,24 +878,27 @@ TEST_F(gate, overflow)
 	waits = vm_get_stat(vm, "pfncache_wait") - waits;
 	WINDOW_ASSERT(!waits, "expected no wait, got %lu", waits);
 
-	/* This one does, and there is no slot for it. */
-	start_dropper(&threads[1 + i], SHINFO_PAGE, 1);
-	wait_gate(gate, NR_OVERFLOW + 1);
+	/* This one does, and cannot be recorded either. */
+	threads[1 + n].nr = SHINFO_PAGE;
+	threads[1 + n].nr_pages = 1;
+	start(&threads[1 + n], failing_dropper_fn);
+	wait_gate(gate, ++n);
 	start_waiter(&threads[0], sender_fn);
+
+	/* From now on, there is memory. */
+	overflows = vm_get_stat(vm, "pfncache_overflow");
+	start_dropper(&threads[1 + n], first_page(false), 1);
+	wait_gate(gate, ++n);
+	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
+	WINDOW_ASSERT(!overflows, "expected no more overflow, got %lu", overflows);
 
 	open_for_all(gate);
 	join(&threads[0]);
-	for (i = 0; i <= NR_OVERFLOW; i++)
-		join(&threads[1 + i]);
+	while (n)
+		join(&threads[n--]);
 
 	/* No record is left. */
-	waits = vm_get_stat(vm, "pfncache_wait");
-	drop(0, NR_PAGES * page_size);
-	expect_send(5, 0);
-	waits = vm_get_stat(vm, "pfncache_wait") - waits;
-	WINDOW_ASSERT(!waits, "expected no wait, got %lu", waits);
-	WINDOW_ASSERT(shinfo_pending() == 0x20, "expected 0x20 pending, got %#lx",
-		      shinfo_pending());
+	expect_no_wait();
 }
 
 /* With pfncache_spin_us set, a waiter sleeps and is woken; without, it spins. */
@@ -830,6 +927,43 @@ TEST_F(gate, sleep)
 		sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
 		TEST_ASSERT(sleeps == !i, "expected %d sleeps, got %lu", !i, sleeps);
 	}
+}
+
+/* Several refreshes of a cache wait for the same invalidation: one maps the page. */
+TEST_F(gate, contended)
+{
+	static const char * const names[] = { "pfncache_refresh", "pfncache_refresh_valid" };
+	static const uint64_t expected[] = { 1, NR_SENDERS - 1 };
+	uint64_t count[ARRAY_SIZE(names)];
+	int gate = open_gate();
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+	write_file(SPIN_US, "1");
+
+	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[0], SHINFO_PAGE, 1);
+	wait_gate(gate, 1);
+
+	for (i = 0; i < ARRAY_SIZE(names); i++)
+		count[i] = vm_get_stat(vm, names[i]);
+	for (i = 0; i < NR_SENDERS; i++) {
+		start(&threads[1 + i], sender_fn);
+		wait_for(is_asleep(&threads[1 + i]));
+	}
+	open_for_all(gate);
+	for (i = 0; i <= NR_SENDERS; i++)
+		join(&threads[i]);
+
+	for (i = 0; i < ARRAY_SIZE(names); i++) {
+		count[i] = vm_get_stat(vm, names[i]) - count[i];
+		TEST_ASSERT(count[i] == expected[i], "%s: expected %lu more, got %lu", names[i],
+			    expected[i], count[i]);
+	}
+	TEST_ASSERT(shinfo_pending() == 0x8, "expected 0x8 pending, got %#lx",
+		    shinfo_pending());
 }
 
 static int clone_fn(void *arg)
