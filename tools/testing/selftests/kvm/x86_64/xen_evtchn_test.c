@@ -1667,6 +1667,15 @@ struct xen_runstate {
 	uint64_t time[4];
 };
 
+/* In the layout that a 32-bit guest sees */
+struct xen_compat_runstate {
+	int32_t state;
+	uint64_t entry_time;
+	uint64_t time[4];
+} __packed;
+
+#define XEN_RUNSTATE_UPDATE	BIT_ULL(63)
+
 static void assert_times_add_up(const char *where, int round, uint64_t entry_time,
 				uint64_t running, uint64_t runnable,
 				uint64_t blocked, uint64_t offline)
@@ -1728,6 +1737,323 @@ TEST(runstate_preempted)
 	}
 
 	stop_preempting();
+	xen_vm_free(x);
+}
+
+static void set_runstate_running(struct kvm_vcpu *vcpu)
+{
+	struct kvm_xen_vcpu_attr attr = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
+		.u.runstate.state = XEN_RUNSTATE_RUNNING,
+	};
+
+	ASSERT_EQ(set_vcpu_attr(vcpu, attr), 0);
+}
+
+/* Each time has grown since @old by at most the time that has passed. */
+static void assert_runstate_since(struct kvm_xen_vcpu_attr *old, struct kvm_vcpu *vcpu,
+				  const char *when)
+{
+	struct kvm_xen_vcpu_attr new;
+	int64_t passed, running, runnable;
+
+	new = get_vcpu_attr(vcpu, KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA);
+	assert_times_add_up(when, 0, new.u.runstate.state_entry_time,
+			    new.u.runstate.time_running, new.u.runstate.time_runnable,
+			    new.u.runstate.time_blocked, new.u.runstate.time_offline);
+
+	passed = new.u.runstate.state_entry_time - old->u.runstate.state_entry_time;
+	running = new.u.runstate.time_running - old->u.runstate.time_running;
+	runnable = new.u.runstate.time_runnable - old->u.runstate.time_runnable;
+	TEST_ASSERT(running >= 0 && runnable >= 0 && running + runnable <= passed,
+		    "%s: after %ld ns, running for %ld ns more, runnable for %ld ns more",
+		    when, passed, running, runnable);
+	*old = new;
+}
+
+static void set_clock(struct kvm_vm *vm, uint64_t ns)
+{
+	struct kvm_clock_data clock = { .clock = ns };
+
+	vm_ioctl(vm, KVM_SET_CLOCK, &clock);
+}
+
+/* Userspace sets the clock back. */
+TEST(runstate_clock_back)
+{
+	const uint64_t second = 1000000000;
+	struct kvm_xen_vcpu_attr data;
+	struct xen_vm *x;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	set_clock(x->vm, 1000 * second);
+	set_runstate_running(x->vcpus[0]);
+	data = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA);
+
+	set_clock(x->vm, second);
+	set_runstate_running(x->vcpus[0]);
+	assert_runstate_since(&data, x->vcpus[0], "clock set back");
+
+	/* The time goes on where it has stopped. */
+	set_clock(x->vm, 2000 * second);
+	set_runstate_running(x->vcpus[0]);
+	TEST_ASSERT(data.u.runstate.state_entry_time < 2000 * second,
+		    "time expected to stand still, runstate entered at %lu",
+		    (uint64_t)data.u.runstate.state_entry_time);
+	assert_runstate_since(&data, x->vcpus[0], "clock set forward");
+	TEST_ASSERT(data.u.runstate.state_entry_time >= 2000 * second,
+		    "runstate entered at %lu, expected at least %lu",
+		    (uint64_t)data.u.runstate.state_entry_time, 2000 * second);
+	xen_vm_free(x);
+}
+
+/* The time that this thread has waited for a CPU, in nanoseconds */
+static uint64_t run_delay(void)
+{
+	unsigned long run, delay;
+	FILE *f = fopen("/proc/thread-self/schedstat", "r");
+
+	TEST_ASSERT(f && fscanf(f, "%lu %lu", &run, &delay) == 2,
+		    "cannot read /proc/thread-self/schedstat");
+	fclose(f);
+	return delay;
+}
+
+static void *thread_spin(void *unused)
+{
+	while (!READ_ONCE(race_stop))
+		;
+	return NULL;
+}
+
+static void *thread_set_running(void *vcpu)
+{
+	set_runstate_running(vcpu);
+	return NULL;
+}
+
+/* Threads that have waited for a CPU for different times take over the vCPU. */
+TEST(runstate_other_thread)
+{
+	struct kvm_xen_vcpu_attr data;
+	cpu_set_t cpus, cpu;
+	pthread_t spinner;
+	struct xen_vm *x;
+	int i;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+
+	TEST_ASSERT(!sched_getaffinity(0, sizeof(cpus), &cpus), "sched_getaffinity(): %s",
+		    strerror(errno));
+	CPU_ZERO(&cpu);
+	CPU_SET(sched_getcpu(), &cpu);
+	set_affinity(&cpu);
+	race_stop = false;
+	spinner = start_thread(thread_spin, NULL);
+	wait_for(run_delay() > 100 * 1000000);
+	WRITE_ONCE(race_stop, true);
+	join_thread(spinner, "thread that spins");
+	set_affinity(&cpus);
+
+	set_runstate_running(x->vcpus[0]);
+	data = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA);
+	for (i = 0; i < 3; i++) {
+		join_thread(start_thread(thread_set_running, x->vcpus[0]),
+			    "thread that has not waited");
+		assert_runstate_since(&data, x->vcpus[0], "thread that has not waited");
+		set_runstate_running(x->vcpus[0]);
+		assert_runstate_since(&data, x->vcpus[0], "thread that has waited");
+	}
+	xen_vm_free(x);
+}
+
+static int set_runstate_addr(struct xen_vm *x, uint64_t gpa)
+{
+	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, .u.gpa = gpa,
+	});
+}
+
+/* The memory at @p contains the runstate of the vCPU, and nothing else was written. */
+static void assert_runstate_at(struct xen_vm *x, uint8_t *p, const char *when)
+{
+	size_t len = x->long_mode ? sizeof(struct xen_runstate) :
+				    sizeof(struct xen_compat_runstate);
+	unsigned int offset = (uintptr_t)p % PAGE_SIZE;
+	struct kvm_xen_vcpu_attr data;
+	struct xen_runstate rs = {};
+
+	data = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA);
+	if (x->long_mode) {
+		memcpy(&rs, p, sizeof(rs));
+	} else {
+		struct xen_compat_runstate compat;
+
+		memcpy(&compat, p, sizeof(compat));
+		rs.state = compat.state;
+		rs.entry_time = compat.entry_time;
+		memcpy(rs.time, compat.time, sizeof(rs.time));
+	}
+	TEST_ASSERT(rs.state == data.u.runstate.state &&
+		    rs.entry_time == data.u.runstate.state_entry_time &&
+		    rs.time[0] == data.u.runstate.time_running &&
+		    rs.time[1] == data.u.runstate.time_runnable &&
+		    rs.time[2] == data.u.runstate.time_blocked &&
+		    rs.time[3] == data.u.runstate.time_offline,
+		    "%s, offset %#x, long mode %d: state %d since %#lx, expected %lu since %#lx",
+		    when, offset, x->long_mode, rs.state, rs.entry_time,
+		    (uint64_t)data.u.runstate.state,
+		    (uint64_t)data.u.runstate.state_entry_time);
+	TEST_ASSERT(p[-1] == 0xaa && p[len] == 0xaa,
+		    "%s, offset %#x, long mode %d: %#x before and %#x behind, expected 0xaa",
+		    when, offset, x->long_mode, p[-1], p[len]);
+}
+
+/* A runstate at each offset at which it crosses the end of a page */
+TEST(runstate_two_pages)
+{
+	const int page = VCPU_INFO_PAGE;	/* the next one is unused, too */
+	const uint64_t last = PAGE_GPA(NR_PAGES) - sizeof(struct xen_compat_runstate);
+	unsigned long dirty;
+	struct xen_vm *x;
+	unsigned int i;
+	uint8_t *p;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	vm_mem_region_set_flags(x->vm, SHARED_SLOT, KVM_MEM_LOG_DIRTY_PAGES);
+
+	for (i = 0; i < 2 * 56; i++) {
+		/* Change the mode before or after the address. */
+		set_long_mode(x, i % 4 < 2);
+		memset(shared_page(x, page), 0xaa, 2 * PAGE_SIZE);
+		p = shared_page(x, page + 1) - 52 + i / 2;
+		ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(page + 1) - 52 + i / 2), 0);
+		assert_runstate_at(x, p, "address set");
+
+		memset(shared_page(x, page), 0xaa, 2 * PAGE_SIZE);
+		set_long_mode(x, i % 2);
+		kvm_vm_get_dirty_log(x->vm, SHARED_SLOT, &dirty);
+		vcpu_run_to_sync(x->vcpus[0]);
+		assert_runstate_at(x, p, "vCPU run");
+
+		kvm_vm_get_dirty_log(x->vm, SHARED_SLOT, &dirty);
+		TEST_ASSERT(dirty & BIT((p - x->shared) / PAGE_SIZE) &&
+			    dirty & BIT((p + 43 - x->shared) / PAGE_SIZE),
+			    "offset %#x, long mode %d: page is not dirty",
+			    (unsigned int)((uintptr_t)p % PAGE_SIZE), x->long_mode);
+	}
+
+	/* The second page does not exist. */
+	set_long_mode(x, true);
+	ASSERT_EQ(set_runstate_addr(x, last), EFAULT);
+	set_long_mode(x, false);
+	ASSERT_EQ(set_runstate_addr(x, last + 1), EFAULT);
+	ASSERT_EQ(set_runstate_addr(x, last), 0);
+	vcpu_run_to_sync(x->vcpus[0]);
+
+	/* The end is beyond the last address. */
+	ASSERT_EQ(set_runstate_addr(x, -40ull), EINVAL);
+
+	xen_vm_free(x);
+}
+
+/* The runstate is in memory although the vCPU does not run. */
+TEST(runstate_written)
+{
+	struct kvm_xen_vcpu_attr attr;
+	struct xen_vm *x;
+	uint8_t *p;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	set_clock(x->vm, 1000);
+	set_runstate_running(x->vcpus[0]);
+
+	memset(shared_page(x, TIME_INFO_PAGE), 0xaa, PAGE_SIZE);
+	ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE) + 8), 0);
+	p = shared_page(x, TIME_INFO_PAGE) + 8;
+	assert_runstate_at(x, p, "address set");
+
+	set_runstate_running(x->vcpus[0]);
+	assert_runstate_at(x, p, "state set");
+
+	attr = (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST,
+		.u.runstate.state = -1,
+		.u.runstate.time_blocked = 100,
+		.u.runstate.time_running = -100,
+	};
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
+	assert_runstate_at(x, p, "times adjusted");
+
+	attr = (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA,
+		.u.runstate.state_entry_time = 30,
+		.u.runstate.time_blocked = 10,
+		.u.runstate.time_running = 20,
+	};
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
+	assert_runstate_at(x, p, "times set");
+	xen_vm_free(x);
+}
+
+static uint64_t *watched_time;
+static bool watch_stop, update_seen;
+
+static void *thread_watch_update(void *unused)
+{
+	while (!READ_ONCE(watch_stop)) {
+		if (READ_ONCE(*watched_time) & XEN_RUNSTATE_UPDATE)
+			WRITE_ONCE(update_seen, true);
+	}
+	return NULL;
+}
+
+/* The flag is set during updates if, and only if, userspace has enabled it. */
+TEST(runstate_update_flag)
+{
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG };
+	pthread_t watcher;
+	struct xen_vm *x;
+	int i, rounds;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+	TEST_ASSERT(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE_UPDATE_FLAG,
+		    "KVM_XEN_HVM_CONFIG_RUNSTATE_UPDATE_FLAG is not supported");
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE)), 0);
+	watched_time = &((struct xen_runstate *)shared_page(x, TIME_INFO_PAGE))->entry_time;
+	ASSERT_EQ(get_vm_attr(x, attr.type).u.runstate_update_flag, 0);
+
+	watch_stop = false;
+	watcher = start_thread(thread_watch_update, NULL);
+
+	attr.u.runstate_update_flag = 1;
+	ASSERT_EQ(set_vm_attr(x, attr), 0);
+	ASSERT_EQ(get_vm_attr(x, attr.type).u.runstate_update_flag, 1);
+	for (rounds = 0; !READ_ONCE(update_seen); rounds++)
+		set_runstate_running(x->vcpus[0]);
+
+	attr.u.runstate_update_flag = 0;
+	ASSERT_EQ(set_vm_attr(x, attr), 0);
+	ASSERT_EQ(get_vm_attr(x, attr.type).u.runstate_update_flag, 0);
+	WRITE_ONCE(update_seen, false);
+	for (i = 0; i < rounds + nr_races * 10; i++) {
+		set_runstate_running(x->vcpus[0]);
+		TEST_ASSERT(!READ_ONCE(update_seen),
+			    "XEN_RUNSTATE_UPDATE seen in round %d, expected never", i);
+	}
+
+	WRITE_ONCE(watch_stop, true);
+	join_thread(watcher, "thread that watches the flag");
 	xen_vm_free(x);
 }
 
