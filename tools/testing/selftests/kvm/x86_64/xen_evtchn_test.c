@@ -2107,6 +2107,119 @@ TEST(wall_clock_preempted)
 	xen_vm_free(x);
 }
 
+#define PVCLOCK_TSC_STABLE	BIT(0)
+#define PVCLOCK_GUEST_STOPPED	BIT(1)
+
+/* Xen's clocks have PVCLOCK_TSC_STABLE_BIT unless userspace has taken it away. */
+TEST(tsc_unstable)
+{
+	struct kvm_xen_hvm_config config = {
+		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
+		.msr = XEN_HYPERCALL_MSR,
+	};
+	struct pvclock *kvmclock, *clocks[2];
+	struct kvm_clock_data clock;
+	struct xen_vm *x;
+	int i, round;
+
+	x = xen_vm_create_with_vcpu_info(guest_sync_forever);
+	vcpu_run_to_sync(x->vcpus[0]);
+	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
+	__TEST_REQUIRE(clock.flags & KVM_CLOCK_REALTIME, "the master clock is not in use");
+
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO,
+		.u.gpa = PAGE_GPA(TIME_INFO_PAGE),
+	}), 0);
+	vcpu_set_msr(x->vcpus[0], MSR_KVM_SYSTEM_TIME_NEW, (PAGE_GPA(TIME_INFO_PAGE) + 64) | 1);
+	clocks[0] = (void *)shared_page(x, TIME_INFO_PAGE);
+	clocks[1] = (void *)vcpu_info(x, 0)->time;
+	kvmclock = (void *)shared_page(x, TIME_INFO_PAGE) + 64;
+
+	for (round = 0; round < 3; round++) {
+		config.flags ^= round ? KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE : 0;
+		vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config);
+		vcpu_run_to_sync(x->vcpus[0]);
+
+		TEST_ASSERT(kvmclock->flags & PVCLOCK_TSC_STABLE,
+			    "round %d: flags of kvmclock %#x, expected TSC_STABLE", round,
+			    kvmclock->flags);
+		for (i = 0; i < ARRAY_SIZE(clocks); i++)
+			TEST_ASSERT(!(clocks[i]->flags & PVCLOCK_TSC_STABLE) == (round == 1),
+				    "round %d: flags of Xen's clock %d %#x, expected TSC_STABLE %d",
+				    round, i, clocks[i]->flags, round != 1);
+	}
+	xen_vm_free(x);
+}
+
+/* KVM_KVMCLOCK_CTRL tells the guest in kvmclock, and only there, that it was stopped. */
+TEST(guest_stopped)
+{
+	const uint64_t kvmclock_gpa = PAGE_GPA(TIME_INFO_PAGE) + 64;
+	struct pvclock *kvmclock, *clocks[2];
+	struct kvm_vcpu *vcpu;
+	struct xen_vm *x;
+	int i, round;
+
+	x = xen_vm_create_with_vcpu_info(guest_sync_forever);
+	vcpu = x->vcpus[0];
+	ASSERT_EQ(set_vcpu_attr(vcpu, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO,
+		.u.gpa = PAGE_GPA(TIME_INFO_PAGE),
+	}), 0);
+	clocks[0] = (void *)shared_page(x, TIME_INFO_PAGE);
+	clocks[1] = (void *)vcpu_info(x, 0)->time;
+	kvmclock = (void *)shared_page(x, TIME_INFO_PAGE) + 64;
+
+	for (round = 0; round < 3; round++) {
+		/* This requests an update of all clocks. */
+		vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, kvmclock_gpa | 1);
+		if (round == 1)
+			TEST_ASSERT(!__vcpu_ioctl(vcpu, KVM_KVMCLOCK_CTRL, NULL),
+				    "KVM_KVMCLOCK_CTRL: errno %d", errno);
+		vcpu_run_to_sync(vcpu);
+
+		/* KVM never clears the flag in kvmclock, the guest does. */
+		TEST_ASSERT(!(kvmclock->flags & PVCLOCK_GUEST_STOPPED) == !round,
+			    "round %d: flags of kvmclock %#x, expected GUEST_STOPPED %d",
+			    round, kvmclock->flags, !!round);
+		for (i = 0; i < ARRAY_SIZE(clocks); i++)
+			TEST_ASSERT(clocks[i]->version &&
+				    !(clocks[i]->flags & PVCLOCK_GUEST_STOPPED),
+				    "round %d: version %u, flags %#x of Xen's clock %d, expected no GUEST_STOPPED",
+				    round, clocks[i]->version, clocks[i]->flags, i);
+	}
+	xen_vm_free(x);
+}
+
+/* Setting the shared_info page does not move the reference point of the clocks. */
+TEST(shared_info_clock)
+{
+	struct pvclock *clock, before;
+	struct kvm_clock_data data;
+	struct xen_vm *x;
+
+	x = xen_vm_create_with_vcpu_info(guest_sync_forever);
+	vcpu_run_to_sync(x->vcpus[0]);
+	vm_ioctl(x->vm, KVM_GET_CLOCK, &data);
+	__TEST_REQUIRE(data.flags & KVM_CLOCK_REALTIME, "the master clock is not in use");
+
+	clock = (void *)vcpu_info(x, 0)->time;
+	before = *clock;
+	set_shared_info(x);
+	/* Write the clock, even if nothing else asks for it. */
+	set_vcpu_info(x, 0);
+	vcpu_run_to_sync(x->vcpus[0]);
+
+	TEST_ASSERT(clock->version != before.version, "the clock was not written again");
+	TEST_ASSERT(clock->tsc_timestamp == before.tsc_timestamp &&
+		    clock->system_time == before.system_time,
+		    "reference point at TSC %#lx is %lu ns, expected TSC %#lx and %lu ns",
+		    clock->tsc_timestamp, clock->system_time, before.tsc_timestamp,
+		    before.system_time);
+	xen_vm_free(x);
+}
+
 static int set_vcpu_info_at(struct xen_vm *x, uint64_t gpa)
 {
 	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
