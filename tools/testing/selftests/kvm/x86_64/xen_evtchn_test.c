@@ -202,6 +202,12 @@ static void make_absent(struct xen_vm *x, int page)
 		    "madvise() failed: %s", strerror(errno));
 }
 
+static void protect_page(struct xen_vm *x, int page, int prot)
+{
+	TEST_ASSERT(!mprotect(shared_page(x, page), PAGE_SIZE, prot),
+		    "mprotect() failed: %s", strerror(errno));
+}
+
 static int send_by_ioctl(struct xen_vm *x, uint32_t port, int vcpu)
 {
 	return xen_send_event(x->vm, port, x->vcpus[vcpu]->id,
@@ -1123,6 +1129,20 @@ TEST(pending_upcall)
 	ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
 	run_immediate(vcpu);
 	TEST_ASSERT(vector_requested(vcpu), "vector set last: not injected, expected it to be");
+
+	/* The vcpu_info cannot be read when the vCPU runs. */
+	vcpu = vm_vcpu_add(x->vm, 4, guest_halt_for_upcall);
+	x->vcpus[0] = vcpu;
+	set_vcpu_info(x, 0);
+	set_lapic(vcpu, true);
+	ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
+	protect_page(x, VCPU_INFO_PAGE, PROT_NONE);
+	run_immediate(vcpu);
+	TEST_ASSERT(!vector_requested(vcpu), "injected without vcpu_info");
+	protect_page(x, VCPU_INFO_PAGE, PROT_READ | PROT_WRITE);
+	run_immediate(vcpu);
+	TEST_ASSERT(vector_requested(vcpu),
+		    "vcpu_info readable again: not injected, expected it to be");
 
 	/* Setting the vector of the VM wakes up a vCPU that is halted. */
 	vcpu = vm_vcpu_add(x->vm, 3, guest_halt_for_upcall);
@@ -2217,6 +2237,49 @@ TEST(shared_info_clock)
 		    "reference point at TSC %#lx is %lu ns, expected TSC %#lx and %lu ns",
 		    clock->tsc_timestamp, clock->system_time, before.tsc_timestamp,
 		    before.system_time);
+	xen_vm_free(x);
+}
+
+/* Polls until @ns after now, by the guest's clock, and reports how late it was then. */
+static void guest_poll_until(int64_t ns)
+{
+	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
+	struct pvclock *clock = (void *)vi->time;
+
+	guest_poll.ports = (uint64_t)&guest_poll_port;
+	guest_poll.nr_ports = 1;
+	guest_poll.timeout = pvclock_read(clock) + ns;
+	xen_hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll, (uint64_t)&guest_poll);
+	GUEST_SYNC(pvclock_read(clock) - guest_poll.timeout);
+}
+
+#define POLL_NS		200000000
+
+static void guest_poll_timeouts(void)
+{
+	guest_poll_until(POLL_NS);
+	guest_poll_until(-1);
+	guest_poll_until(-POLL_NS);
+}
+
+/* The timeout of SCHEDOP_poll is a point in time, as in Xen, not a duration. */
+TEST(poll_timeout)
+{
+	const uint64_t clock = 5000000000, limit = 3000000000;
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_timeouts);
+	int64_t late;
+	int i;
+
+	guest_poll_port = 8;
+	sync_global_to_guest(x->vm, guest_poll_port);
+	set_clock(x->vm, clock);
+
+	for (i = 0; i < 3; i++) {
+		late = (int64_t)vcpu_run_to_sync(x->vcpus[0]);
+		/* The timer of KVM has a resolution of one jiffy. */
+		TEST_ASSERT(late > -POLL_NS / 4 && late < (int64_t)limit,
+			    "round %d: poll ended %ld ns after its timeout", i, late);
+	}
 	xen_vm_free(x);
 }
 
