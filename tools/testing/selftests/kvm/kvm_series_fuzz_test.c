@@ -847,7 +847,8 @@ static void op_xen_config(struct thread *t)
 	struct kvm_xen_hvm_config config = {
 		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 			 KVM_XEN_HVM_CONFIG_EVTCHN_SEND |
-			 (one_in(t, 2) ? KVM_XEN_HVM_CONFIG_EVTCHN_FIFO : 0),
+			 (one_in(t, 2) ? KVM_XEN_HVM_CONFIG_EVTCHN_FIFO : 0) |
+			 (one_in(t, 2) ? KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE : 0),
 		.msr = XEN_MSR,
 	};
 
@@ -867,6 +868,7 @@ static void op_xen_vm_attr(struct thread *t)
 		KVM_XEN_ATTR_TYPE_XEN_VERSION, KVM_XEN_ATTR_TYPE_EVTCHN_MODE,
 		KVM_XEN_ATTR_TYPE_FIFO_ARRAY, KVM_XEN_ATTR_TYPE_FIFO_ARRAY,
 		KVM_XEN_ATTR_TYPE_FIFO_PORT, KVM_XEN_ATTR_TYPE_FIFO_STATE,
+		KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG,
 	};
 	struct kvm_xen_fifo_port_state states[64] = {};
 	struct kvm_xen_hvm_attr a = { .type = one_in(t, 64) ? wild(t) : pick(t, types) };
@@ -875,6 +877,9 @@ static void op_xen_vm_attr(struct thread *t)
 	switch (a.type) {
 	case KVM_XEN_ATTR_TYPE_LONG_MODE:
 		a.u.long_mode = one_in(t, 16) ? wild(t) : !one_in(t, 4);
+		break;
+	case KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG:
+		a.u.runstate_update_flag = one_in(t, 2);
 		break;
 	case KVM_XEN_ATTR_TYPE_SHARED_INFO:
 		a.u.shared_info.gfn = one_in(t, 8) ? KVM_XEN_INVALID_GFN : gpa(t) / PAGE_BYTES;
@@ -955,6 +960,9 @@ static void op_xen_vcpu_attr(struct thread *t)
 	case KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR:
 	case KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL:
 		a.u.gpa = one_in(t, 8) ? KVM_XEN_INVALID_GPA : gpa(t);
+		/* A runstate may cross the end of its page. */
+		if (a.type == KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR && one_in(t, 2))
+			a.u.gpa = (a.u.gpa | (PAGE_BYTES - 1)) - rnd(t, 56);
 		break;
 	case KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA:
 		a.u.hva = hva(t);

@@ -2240,49 +2240,6 @@ TEST(shared_info_clock)
 	xen_vm_free(x);
 }
 
-/* Polls until @ns after now, by the guest's clock, and reports how late it was then. */
-static void guest_poll_until(int64_t ns)
-{
-	struct xen_vcpu_info *vi = (void *)PAGE_GPA(VCPU_INFO_PAGE) + VCPU_INFO_OFFSET;
-	struct pvclock *clock = (void *)vi->time;
-
-	guest_poll.ports = (uint64_t)&guest_poll_port;
-	guest_poll.nr_ports = 1;
-	guest_poll.timeout = pvclock_read(clock) + ns;
-	xen_hypercall(__HYPERVISOR_sched_op, SCHEDOP_poll, (uint64_t)&guest_poll);
-	GUEST_SYNC(pvclock_read(clock) - guest_poll.timeout);
-}
-
-#define POLL_NS		200000000
-
-static void guest_poll_timeouts(void)
-{
-	guest_poll_until(POLL_NS);
-	guest_poll_until(-1);
-	guest_poll_until(-POLL_NS);
-}
-
-/* The timeout of SCHEDOP_poll is a point in time, as in Xen, not a duration. */
-TEST(poll_timeout)
-{
-	const uint64_t clock = 5000000000, limit = 3000000000;
-	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_poll_timeouts);
-	int64_t late;
-	int i;
-
-	guest_poll_port = 8;
-	sync_global_to_guest(x->vm, guest_poll_port);
-	set_clock(x->vm, clock);
-
-	for (i = 0; i < 3; i++) {
-		late = (int64_t)vcpu_run_to_sync(x->vcpus[0]);
-		/* The timer of KVM has a resolution of one jiffy. */
-		TEST_ASSERT(late > -POLL_NS / 4 && late < (int64_t)limit,
-			    "round %d: poll ended %ld ns after its timeout", i, late);
-	}
-	xen_vm_free(x);
-}
-
 static int set_vcpu_info_at(struct xen_vm *x, uint64_t gpa)
 {
 	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
