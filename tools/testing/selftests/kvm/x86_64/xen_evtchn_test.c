@@ -638,7 +638,7 @@ TEST(mode_race)
 	race_stop = false;
 	thread = start_thread(thread_change_mode, x);
 
-	for (i = 0; i < nr_races * 1000; i++) {
+	for (i = 0; i < nr_races * 5000; i++) {
 		uint32_t port = COMPAT_PORTS * 2 + i * 32 % COMPAT_PORTS;
 
 		shared_page(x, SHINFO_PAGE)[XEN_SHINFO_PENDING + port / 8] = 0;
