@@ -1440,6 +1440,12 @@ TEST(steal_time)
 	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, 0);
 	release(&t, TARGET, OWNER);
 
+	/* KVM cannot clear what is not there. */
+	r = _vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, FAULT_GPA | KVM_MSR_ENABLED);
+	TEST_ASSERT(!r && !vcpu_get_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME),
+		    "Steal time outside of memory: KVM_SET_MSRS returned %d, expected 0; MSR %#lx, expected 0",
+		    r, vcpu_get_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME));
+
 	/* Now the guest may enable it again.  Its memory says what it said before. */
 	st->preempted = KVM_VCPU_PREEMPTED;
 	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, gpa | KVM_MSR_ENABLED);

@@ -803,8 +803,8 @@ static void end_side(int gate, bool above)
 }
 
 /*
- * Many invalidations are in flight on both sides of the page, and never do all of
- * those of one side end before others begin on the other side.
+ * There are always invalidations in flight on at least one side of the page, more than
+ * there is room for at first.
  */
 TEST_F(gate, many)
 {
@@ -840,6 +840,13 @@ static void failing_dropper_fn(struct thread *t)
 	write_file("/proc/thread-self/make-it-fail", "0");
 }
 
+static void start_failing_dropper(struct thread *t, unsigned int nr)
+{
+	t->nr = nr;
+	t->nr_pages = 1;
+	start(t, failing_dropper_fn);
+}
+
 /* Ranges for which KVM cannot allocate memory are merged. */
 TEST_F(gate, overflow)
 {
@@ -862,9 +869,7 @@ TEST_F(gate, overflow)
 	overflows = vm_get_stat(vm, "pfncache_overflow");
 	close_gate(gate, first_page(false), NR_SIDE + 1, MMU_GATE_END);
 	for (i = 0; i < KVM_MIN_GPC_RECORDS + NR_OVERFLOW; i++) {
-		threads[1 + n].nr = first_page(false) + i;
-		threads[1 + n].nr_pages = 1;
-		start(&threads[1 + n], failing_dropper_fn);
+		start_failing_dropper(&threads[1 + n], first_page(false) + i);
 		wait_gate(gate, ++n);
 	}
 	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
@@ -879,9 +884,7 @@ TEST_F(gate, overflow)
 	WINDOW_ASSERT(!waits, "expected no wait, got %lu", waits);
 
 	/* This one does, and cannot be recorded either. */
-	threads[1 + n].nr = SHINFO_PAGE;
-	threads[1 + n].nr_pages = 1;
-	start(&threads[1 + n], failing_dropper_fn);
+	start_failing_dropper(&threads[1 + n], SHINFO_PAGE);
 	wait_gate(gate, ++n);
 	start_waiter(&threads[0], sender_fn);
 
@@ -898,6 +901,7 @@ TEST_F(gate, overflow)
 		join(&threads[n--]);
 
 	/* No record is left. */
+	drop(0, NR_PAGES * page_size);
 	expect_no_wait();
 }
 

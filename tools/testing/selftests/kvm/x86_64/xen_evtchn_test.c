@@ -1707,6 +1707,16 @@ static void assert_times_add_up(const char *where, int round, uint64_t entry_tim
 		    where, round, entry_time, sum, running, runnable, blocked, offline);
 }
 
+static void set_runstate_running(struct kvm_vcpu *vcpu)
+{
+	struct kvm_xen_vcpu_attr attr = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
+		.u.runstate.state = XEN_RUNSTATE_RUNNING,
+	};
+
+	ASSERT_EQ(set_vcpu_attr(vcpu, attr), 0);
+}
+
 /*
  * The runstate is consistent although the vCPU is preempted while it updates,
  * saves or restores its runstate.
@@ -1730,12 +1740,7 @@ TEST(runstate_preempted)
 	start_preempting(0);
 
 	for (i = 0; preempt_again(nr_races * 30); i++) {
-		attr = (struct kvm_xen_vcpu_attr) {
-			.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
-			.u.runstate.state = XEN_RUNSTATE_RUNNING,
-		};
-		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
-
+		set_runstate_running(x->vcpus[0]);
 		attr = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA);
 		assert_times_add_up("saved", i, attr.u.runstate.state_entry_time,
 				    attr.u.runstate.time_running,
@@ -1760,14 +1765,34 @@ TEST(runstate_preempted)
 	xen_vm_free(x);
 }
 
-static void set_runstate_running(struct kvm_vcpu *vcpu)
+#define XEN_RUNSTATE_OFFLINE	3
+
+/* An ioctl that is preempted does not change the runstate of a vCPU that does not run. */
+TEST(runstate_ioctl_preempted)
 {
 	struct kvm_xen_vcpu_attr attr = {
 		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
-		.u.runstate.state = XEN_RUNSTATE_RUNNING,
+		.u.runstate.state = XEN_RUNSTATE_OFFLINE,
 	};
+	struct kvm_xen_vcpu_attr now;
+	struct xen_vm *x;
+	int i;
 
-	ASSERT_EQ(set_vcpu_attr(vcpu, attr), 0);
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	start_preempting(0);
+
+	for (i = 0; preempt_again(nr_races * 30); i++) {
+		ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
+		now = get_vcpu_attr(x->vcpus[0], attr.type);
+		TEST_ASSERT(now.u.runstate.state == XEN_RUNSTATE_OFFLINE,
+			    "round %d: state %lu, expected %d", i,
+			    (uint64_t)now.u.runstate.state, XEN_RUNSTATE_OFFLINE);
+	}
+
+	stop_preempting();
+	xen_vm_free(x);
 }
 
 /* Each time has grown since @old by at most the time that has passed. */
@@ -1829,18 +1854,6 @@ TEST(runstate_clock_back)
 	xen_vm_free(x);
 }
 
-/* The time that this thread has waited for a CPU, in nanoseconds */
-static uint64_t run_delay(void)
-{
-	unsigned long run, delay;
-	FILE *f = fopen("/proc/thread-self/schedstat", "r");
-
-	TEST_ASSERT(f && fscanf(f, "%lu %lu", &run, &delay) == 2,
-		    "cannot read /proc/thread-self/schedstat");
-	fclose(f);
-	return delay;
-}
-
 static void *thread_spin(void *unused)
 {
 	while (!READ_ONCE(race_stop))
@@ -1874,7 +1887,7 @@ TEST(runstate_other_thread)
 	set_affinity(&cpu);
 	race_stop = false;
 	spinner = start_thread(thread_spin, NULL);
-	wait_for(run_delay() > 100 * 1000000);
+	wait_for(get_run_delay() > 100 * 1000000);
 	WRITE_ONCE(race_stop, true);
 	join_thread(spinner, "thread that spins");
 	set_affinity(&cpus);
@@ -1989,6 +2002,7 @@ TEST(runstate_written)
 	struct kvm_xen_vcpu_attr attr;
 	struct xen_vm *x;
 	uint8_t *p;
+	int i;
 
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
 
@@ -2001,6 +2015,8 @@ TEST(runstate_written)
 	p = shared_page(x, TIME_INFO_PAGE) + 8;
 	assert_runstate_at(x, p, "address set");
 
+	/* A change of any memslot makes KVM look up the page again. */
+	thread_add_memslot(x->vm);
 	set_runstate_running(x->vcpus[0]);
 	assert_runstate_at(x, p, "state set");
 
@@ -2021,6 +2037,14 @@ TEST(runstate_written)
 	};
 	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], attr), 0);
 	assert_runstate_at(x, p, "times set");
+
+	/* The vCPU is not about to enter the guest, but KVM_RUN is called. */
+	for (i = 0; i < 2; i++) {
+		memset(shared_page(x, TIME_INFO_PAGE), 0xaa, PAGE_SIZE);
+		set_long_mode(x, i);
+		run_immediate(x->vcpus[0]);
+		assert_runstate_at(x, p, "mode changed");
+	}
 	xen_vm_free(x);
 }
 
@@ -2130,6 +2154,22 @@ TEST(wall_clock_preempted)
 #define PVCLOCK_TSC_STABLE	BIT(0)
 #define PVCLOCK_GUEST_STOPPED	BIT(1)
 
+#define NR_XEN_CLOCKS	2
+#define KVMCLOCK_GPA	(PAGE_GPA(TIME_INFO_PAGE) + 64)
+
+/* Gives the first vCPU, which has a vcpu_info, all clocks.  Returns kvmclock. */
+static struct pvclock *set_clocks(struct xen_vm *x, struct pvclock *xen[NR_XEN_CLOCKS])
+{
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO,
+		.u.gpa = PAGE_GPA(TIME_INFO_PAGE),
+	}), 0);
+	vcpu_set_msr(x->vcpus[0], MSR_KVM_SYSTEM_TIME_NEW, KVMCLOCK_GPA | KVM_MSR_ENABLED);
+	xen[0] = (void *)shared_page(x, TIME_INFO_PAGE);
+	xen[1] = (void *)vcpu_info(x, 0)->time;
+	return (void *)shared_page(x, TIME_INFO_PAGE) + 64;
+}
+
 /* Xen's clocks have PVCLOCK_TSC_STABLE_BIT unless userspace has taken it away. */
 TEST(tsc_unstable)
 {
@@ -2137,7 +2177,7 @@ TEST(tsc_unstable)
 		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
 		.msr = XEN_HYPERCALL_MSR,
 	};
-	struct pvclock *kvmclock, *clocks[2];
+	struct pvclock *kvmclock, *clocks[NR_XEN_CLOCKS];
 	struct kvm_clock_data clock;
 	struct xen_vm *x;
 	int i, round;
@@ -2147,14 +2187,7 @@ TEST(tsc_unstable)
 	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
 	__TEST_REQUIRE(clock.flags & KVM_CLOCK_REALTIME, "the master clock is not in use");
 
-	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO,
-		.u.gpa = PAGE_GPA(TIME_INFO_PAGE),
-	}), 0);
-	vcpu_set_msr(x->vcpus[0], MSR_KVM_SYSTEM_TIME_NEW, (PAGE_GPA(TIME_INFO_PAGE) + 64) | 1);
-	clocks[0] = (void *)shared_page(x, TIME_INFO_PAGE);
-	clocks[1] = (void *)vcpu_info(x, 0)->time;
-	kvmclock = (void *)shared_page(x, TIME_INFO_PAGE) + 64;
+	kvmclock = set_clocks(x, clocks);
 
 	for (round = 0; round < 3; round++) {
 		config.flags ^= round ? KVM_XEN_HVM_CONFIG_PVCLOCK_TSC_UNSTABLE : 0;
@@ -2175,25 +2208,18 @@ TEST(tsc_unstable)
 /* KVM_KVMCLOCK_CTRL tells the guest in kvmclock, and only there, that it was stopped. */
 TEST(guest_stopped)
 {
-	const uint64_t kvmclock_gpa = PAGE_GPA(TIME_INFO_PAGE) + 64;
-	struct pvclock *kvmclock, *clocks[2];
+	struct pvclock *kvmclock, *clocks[NR_XEN_CLOCKS];
 	struct kvm_vcpu *vcpu;
 	struct xen_vm *x;
 	int i, round;
 
 	x = xen_vm_create_with_vcpu_info(guest_sync_forever);
 	vcpu = x->vcpus[0];
-	ASSERT_EQ(set_vcpu_attr(vcpu, (struct kvm_xen_vcpu_attr) {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO,
-		.u.gpa = PAGE_GPA(TIME_INFO_PAGE),
-	}), 0);
-	clocks[0] = (void *)shared_page(x, TIME_INFO_PAGE);
-	clocks[1] = (void *)vcpu_info(x, 0)->time;
-	kvmclock = (void *)shared_page(x, TIME_INFO_PAGE) + 64;
+	kvmclock = set_clocks(x, clocks);
 
 	for (round = 0; round < 3; round++) {
 		/* This requests an update of all clocks. */
-		vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, kvmclock_gpa | 1);
+		vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, KVMCLOCK_GPA | KVM_MSR_ENABLED);
 		if (round == 1)
 			TEST_ASSERT(!__vcpu_ioctl(vcpu, KVM_KVMCLOCK_CTRL, NULL),
 				    "KVM_KVMCLOCK_CTRL: errno %d", errno);
