@@ -905,7 +905,10 @@ TEST_F(gate, overflow)
 	expect_no_wait();
 }
 
-/* With pfncache_spin_us set, a waiter sleeps and is woken; without, it spins. */
+/*
+ * With pfncache_spin_us set, a waiter sleeps and is woken; without, it spins until the
+ * parameter is set.
+ */
 TEST_F(gate, sleep)
 {
 	int gate = open_gate();
@@ -916,20 +919,23 @@ TEST_F(gate, sleep)
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
 
-	for (i = 0; i < 2; i++) {
+	for (i = 0; i < 3; i++) {
 		write_file(SPIN_US, i ? "0" : "1");
 		sleeps = vm_get_stat(vm, "pfncache_sleep");
 		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
 		start_dropper(&threads[1], SHINFO_PAGE, 1);
 		wait_gate(gate, 1);
 		start_waiter(&threads[0], sender_fn);
-		if (!i)
+		if (i == 2)
+			write_file(SPIN_US, "1");
+		if (i != 1)
 			wait_for(is_asleep(&threads[0]));
 		open_for_all(gate);
 		join(&threads[0]);
 		join(&threads[1]);
 		sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
-		TEST_ASSERT(sleeps == !i, "expected %d sleeps, got %lu", !i, sleeps);
+		TEST_ASSERT(sleeps == (i != 1), "round %d: expected %d sleeps, got %lu", i,
+			    i != 1, sleeps);
 	}
 }
 
