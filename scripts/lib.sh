@@ -131,7 +131,11 @@ use_machine() {
 	[[ $accel = - ]] || export ACCEL=$accel
 	[[ $cpus = - ]] || export CPUS=$cpus
 	[[ $append = - ]] || export APPEND="$append ${APPEND:-}"
-	[[ $extra = - ]] || export EXTRA="$extra ${EXTRA:-}"
+	if [[ $accel = bochs ]]; then
+		[[ $extra = - ]] || export MODEL="${MODEL:-$extra}"
+	else
+		[[ $extra = - ]] || export EXTRA="$extra ${EXTRA:-}"
+	fi
 }
 
 # test_files LIST DIR: the programs of DIR that the tests of LIST run, as scripts/boot

@@ -108,7 +108,8 @@ class Tables:
 	def check_machine(self, row):
 		self.check_arch(row)
 		self.expect(row.accel in ("-", "tcg", "turns", "icount", "kvm", "bochs"), f"no such accel: {row.accel}")
-		self.expect(row.qemu == "-" or row.accel != "bochs", "Bochs has no use for arguments of QEMU")
+		self.expect(row.accel != "bochs" or re.fullmatch("-|[a-z0-9_]+", row.qemu),
+			    f"with bochs, qemu must be - or one model of CPU, not {row.qemu}")
 		self.expect(row.cpus == "-" or number(row.cpus, 1, 64), f"cpus must be 1 to 64, not {row.cpus}")
 		for arch in arches(row):
 			self.expect((arch, row.machine) not in self.machines, f"{row.machine} twice for {arch}")
@@ -195,7 +196,7 @@ def chosen(tables, args):
 		# And the tests of a machine, on each machine that is like it.
 		result += [t._replace(machine=m.machine) for (arch, _), m in tables.machines.items()
 			   for t in tests
-			   if arch == args.arch and t.machine == m.like and "run" in t.when.split(",")]
+			   if arch == args.arch and t.machine == m.like and {"run", "modes"} & set(t.when.split(","))]
 	return result
 
 
