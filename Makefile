@@ -36,6 +36,9 @@ guest:	## Linux guests under QEMU's KVM inside the patched kernel: x86-64, Xen, 
 soak:	## stress tests on debug kernels with random seeds, for MINUTES=n
 	@scripts/soak $(MINUTES)
 
+kcsan:	## data races that KCSAN finds in KVM, on base and patched kernels
+	@scripts/kcsan x86_64; rc=$$?; scripts/kcsan arm64 && exit $$rc
+
 mutants:	## how many small mutants of a topic's code its tests notice: TOPIC=name
 	@env -u TOPIC scripts/mutants $(TOPIC) $(NUMBER)
 
@@ -51,4 +54,4 @@ deps:	## install the Debian packages that are missing
 clean:	## remove build/ (the cache of downloads stays)
 	rm -rf build
 
-.PHONY: help run check tree export debug bench slow guest soak mutants bisect alone deps clean
+.PHONY: help run check tree export debug bench slow guest soak kcsan mutants bisect alone deps clean

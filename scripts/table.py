@@ -27,8 +27,8 @@ results.
   goals BENCH                print the table of figures with their verdicts
 
 CHOICE is any of --when WORD, --names TEST..., --features FEATURE...; TEST is a test
-of tests.tsv, or TEST@CASE; the WORD modes also stands for the tests of run, on the
-machines that are like theirs.  RUN is ARCH-FLAVOUR-WHEN-MACHINE.
+of tests.tsv, or TEST@CASE; the WORD modes also stands for the tests of run and modes,
+on the machines that are like theirs.  RUN is ARCH-FLAVOUR-WHEN-MACHINE.
 
 Exit code: 0, or 1 for a table that is wrong, for something unknown, for a test that
 failed (tap, summary), and for a goal that was missed (goals).
