@@ -132,7 +132,7 @@ use_machine() {
 	[[ $cpus = - ]] || export CPUS=$cpus
 	[[ $append = - ]] || export APPEND="$append ${APPEND:-}"
 	if [[ $accel = bochs ]]; then
-		[[ $extra = - ]] || export MODEL="${MODEL:-$extra}"
+		[[ $extra = - ]] || export MODEL=$extra
 	else
 		[[ $extra = - ]] || export EXTRA="$extra ${EXTRA:-}"
 	fi

@@ -8,7 +8,7 @@ results.
 
   check                      check all tables; other commands check those that they read
   unlisted ARCH              print the selftests on standard input that tests.tsv lacks
-  machine ARCH NAME          print accel, CPUs, kernel parameters and QEMU's arguments of a
+  machine ARCH NAME          print accel, CPUs, kernel parameters and field qemu of a
                              machine
   machines ARCH CHOICE       print the machines that the chosen tests run on
   select ARCH MACHINE CHOICE print the chosen tests of a machine, for scripts/boot; the

@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Selftests pass on the patched kernel with VMX, with nVHE and protected mode, and with
-# GICv4.  Each machine runs the tests that tests.tsv lists for it with "modes", and the "run"
+# Selftests pass on the patched kernel with VMX in several forms, with nVHE and protected
+# mode, and with GICv4.  Each machine runs the tests that tests.tsv lists for it with "modes", and the "run"
 # and "modes" tests of the machine that its field "like" in machines.tsv names.
 #
 # Use one machine of each architecture, selected by a hash of the series, or all machines

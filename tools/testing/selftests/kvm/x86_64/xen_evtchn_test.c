@@ -1159,6 +1159,67 @@ TEST(pending_upcall)
 	xen_vm_free(x);
 }
 
+static uint64_t guest_strays;
+
+static void guest_count_upcall(struct ex_regs *regs)
+{
+	WRITE_ONCE(guest_upcalls, guest_upcalls + 1);
+}
+
+static void guest_count_stray(struct ex_regs *regs)
+{
+	WRITE_ONCE(guest_strays, guest_strays + 1);
+}
+
+static void guest_exit_all_the_time(void)
+{
+	uint32_t eax, ebx, ecx, edx;
+
+	asm volatile("sti");
+	while (!READ_ONCE(guest_stop))
+		cpuid(0, &eax, &ebx, &ecx, &edx);
+	GUEST_SYNC(0);
+}
+
+/*
+ * An upcall that is withdrawn, by memory or by attribute, while KVM injects it is
+ * injected or not.  It is not another interrupt: neither vector 0, nor 7, the
+ * spurious one of a PIC that was not set up, nor 255.
+ */
+TEST(withdrawn_upcall)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_exit_all_the_time);
+	uint64_t *upcalls = addr_gva2hva(x->vm, (vm_vaddr_t)&guest_upcalls);
+	uint64_t *strays = addr_gva2hva(x->vm, (vm_vaddr_t)&guest_strays);
+	static const uint8_t stray_vectors[] = { 0, 7, 255 };
+	struct kvm_vcpu *vcpu = x->vcpus[0];
+	pthread_t thread;
+	uint64_t enough;
+	unsigned int i;
+
+	vm_init_descriptor_tables(x->vm);
+	vcpu_init_descriptor_tables(vcpu);
+	vm_install_exception_handler(x->vm, UPCALL_VECTOR, guest_count_upcall);
+	for (i = 0; i < ARRAY_SIZE(stray_vectors); i++)
+		vm_install_exception_handler(x->vm, stray_vectors[i], guest_count_stray);
+
+	ASSERT_EQ(set_vm_upcall_vector(x, UPCALL_VECTOR), 0);
+	thread = start_thread(thread_run_to_sync, vcpu);
+	for (enough = nr_races * 100; READ_ONCE(*upcalls) < enough;)
+		WRITE_ONCE(vcpu_info(x, 0)->evtchn_upcall_pending, ++i & 1);
+
+	WRITE_ONCE(vcpu_info(x, 0)->evtchn_upcall_pending, 1);
+	for (enough += nr_races * 10; READ_ONCE(*upcalls) < enough;)
+		ASSERT_EQ(set_vm_upcall_vector(x, ++i & 1 ? UPCALL_VECTOR : 0), 0);
+
+	WRITE_ONCE(vcpu_info(x, 0)->evtchn_upcall_pending, 0);
+	stop_guest(x);
+	join_thread(thread, "KVM_RUN of a vCPU that stops");
+	TEST_ASSERT(!READ_ONCE(*strays), "%lu strays beside %lu upcalls, expected none",
+		    *strays, *upcalls);
+	xen_vm_free(x);
+}
+
 /*
  * When EFER.SVME is cleared, KVM checks for interrupts, and reads vcpu_info.  The
  * page of vcpu_info is absent, so KVM has to look up the memslot.  On a debug
@@ -2113,8 +2174,8 @@ static int64_t get_epoch(struct xen_vm *x, int round)
 }
 
 /*
- * @epoch is from before and after KVM has written @wc.  It moves with time: KVM may know
- * the frequency of the TSC less exactly than the host's clock.
+ * @epoch: read before and after KVM writes @wc.  It drifts, because KVM's frequency of
+ * the TSC is less precise than the timekeeper's.
  */
 static void assert_epoch(struct wall_clock *wc, const char *whose, int round,
 			 int64_t epoch[2], int64_t limit)
