@@ -1,8 +1,9 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # Selftests pass on the patched kernel with VMX in several forms, with nVHE and protected
-# mode, and with GICv4.  Each machine runs the tests that tests.tsv lists for it with "modes", and the "run"
-# and "modes" tests of the machine that its field "like" in machines.tsv names.
+# mode, and with GICv4.  Each machine runs the tests that tests.tsv lists for it with
+# "modes", and the "run" and "modes" tests of the machine that its field "like" in
+# machines.tsv names.
 #
 # Use one machine of each architecture, selected by a hash of the series, or all machines
 # with MODES=all.  They run at the same time.
