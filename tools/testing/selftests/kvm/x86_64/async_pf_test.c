@@ -11,6 +11,16 @@
  *  - read_only: the process may only read the pages, but KVM's worker first asks for pages
  *    that can be written to.  The guest must get them nevertheless, also if it goes on
  *    with another page after each interrupt.
+ *  - disable: the feature is disabled while KVM's worker waits for the page.  KVM_SET_MSRS
+ *    must not wait for the worker.  When the feature is enabled again, the guest must be
+ *    told that all pages are present.
+ *  - halted: the guest cannot be told about the missing page, so KVM halts the vCPU.  When
+ *    userspace then disables the feature, as for a reset, the vCPU must run again.
+ *    A halt that has not begun yet, because KVM_RUN ended before it, is not tested.
+ *  - destroy: as halted, but then the VM is destroyed, before or after the page is
+ *    provided.
+ *  - killed (with -k, nothing else): the process is killed after the feature is disabled,
+ *    or while KVM_SET_MSRS waits.  It must exit, and KVM begin to destroy the VM.
  *
  * The tests run in a child process.  If an ioctl of the child never returns, not even
  * to a fatal signal, the parent reports that.
@@ -18,6 +28,8 @@
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <errno.h>
 #include <fcntl.h>
+#include <getopt.h>
+#include <glob.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
@@ -26,6 +38,7 @@
 #include <string.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -189,12 +202,16 @@ static pid_t wait_for_fault(void)
 	return uffd_wait_for_fault(uffd).arg.pagefault.feat.ptid;
 }
 
+/* The thread that is in KVM_RUN, if it is not the first one */
+static pid_t runner;
+
 /* Wait until KVM's worker, which is not a thread of this process, waits for the page. */
 static void wait_for_worker(void)
 {
 	pid_t tid = wait_for_fault();
 
-	TEST_ASSERT(tid != gettid(), "expected an asynchronous page fault");
+	TEST_ASSERT(tid != gettid() && tid != READ_ONCE(runner),
+		    "expected an asynchronous page fault");
 }
 
 static void provide_page_at(void *hva)
@@ -380,7 +397,139 @@ static void test_read_only(bool alternating)
 	sync_global_to_guest(vm, alternate);
 }
 
-static void run_tests(void)
+static void *disable_worker(void *unused)
+{
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
+	return NULL;
+}
+
+/*
+ * Give KVM's worker, or a thread, time to get to a point that the test cannot see.  If it
+ * needs longer, the test proves less.
+ */
+static void give_time(void)
+{
+	usleep(100000);
+}
+
+/* Disable the feature.  Returns false if that has not ended after some time. */
+static bool disable(pthread_t *thread)
+{
+	struct timespec limit;
+
+	*thread = start_thread(disable_worker, NULL);
+	clock_gettime(CLOCK_REALTIME, &limit);
+	limit.tv_sec += TIMEOUT_SECONDS / 4;
+	return !pthread_timedjoin_np(*thread, NULL, &limit);
+}
+
+static void test_disable(void)
+{
+	uint64_t token, value, enabled = vcpu_get_msr(vcpu, MSR_KVM_ASYNC_PF_EN);
+	pthread_t thread;
+	bool disabled;
+	int i;
+
+	begin("disable: wait for #PF");
+	drop_page();
+	token = run_until(PAGE_MISSING);
+	wait_for_worker();
+
+	begin("disable: KVM_SET_MSRS");
+	disabled = disable(&thread);
+	provide_page();
+	if (!disabled)
+		join_thread(thread, "KVM_SET_MSRS");
+	TEST_ASSERT(disabled, "expected KVM_SET_MSRS not to wait for the page");
+
+	give_time();
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, enabled);
+
+	/* There is no interrupt for the page, which would end the guest's wait. */
+	begin("disable: wait for the guest");
+	ready_token = token;
+	activated = false;
+	sync_global_to_guest(vm, ready_token);
+	sync_global_to_guest(vm, activated);
+	for (i = 0; i < 3; i++) {
+		value = run_until(PAGE_READ);
+		TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE,
+			    value);
+	}
+	sync_global_from_guest(vm, activated);
+	TEST_ASSERT(activated, "expected an interrupt with token %#x", TOKEN_ALL);
+}
+
+static void ignore_signal(int sig)
+{
+}
+
+static void *halted_worker(void *unused)
+{
+	int ret;
+
+	WRITE_ONCE(runner, gettid());
+	ret = __vcpu_run(vcpu);
+	TEST_ASSERT(ret == -1 && errno == EINTR, "expected EINTR, got %d, errno %d", ret, errno);
+	return NULL;
+}
+
+/* With the feature disabled, let KVM halt the vCPU, and leave KVM_RUN. */
+static void let_kvm_halt_vcpu(void)
+{
+	struct sigaction sa = { .sa_handler = ignore_signal };
+	pthread_t thread;
+
+	sigaction(SIGUSR1, &sa, NULL);
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
+	drop_page();
+	thread = start_thread(halted_worker, NULL);
+	wait_for_worker();
+	give_time();
+	vcpu->run->immediate_exit = 1;
+	pthread_kill(thread, SIGUSR1);
+	join_thread(thread, "KVM_RUN");
+	vcpu->run->immediate_exit = 0;
+}
+
+static void test_halted(void)
+{
+	uint64_t value;
+
+	begin("halted: wait for KVM's worker");
+	let_kvm_halt_vcpu();
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
+	provide_page();
+
+	begin("halted: wait for the guest");
+	value = run_until(PAGE_READ);
+	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
+}
+
+static void *destroy_worker(void *unused)
+{
+	kvm_vm_free(vm);
+	return NULL;
+}
+
+static void test_destroy(void)
+{
+	pthread_t thread;
+
+	begin("destroy: wait for KVM's worker");
+	let_kvm_halt_vcpu();
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
+
+	begin("destroy: wait for the end of the VM");
+	thread = start_thread(destroy_worker, NULL);
+	give_time();
+	TEST_ASSERT(pthread_tryjoin_np(thread, NULL) == EBUSY,
+		    "expected the destruction to wait for KVM's worker");
+	provide_page();
+	join_thread(thread, "destruction of the VM");
+}
+
+static void create_vm(void)
 {
 	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
 	ucall_init(vm, NULL);
@@ -399,13 +548,66 @@ static void run_tests(void)
 	vm_install_exception_handler(vm, READY_VECTOR, guest_ready_handler);
 	vcpu_args_set(vcpu, 1, addr_gva2gpa(vm, (vm_vaddr_t)&apf));
 	host_apf = addr_gva2hva(vm, (vm_vaddr_t)&apf);
+}
 
+/* The process has a VM, according to debugfs. */
+static bool has_vm(pid_t pid)
+{
+	char pattern[64];
+	glob_t found;
+	int ret;
+
+	snprintf(pattern, sizeof(pattern), "/sys/kernel/debug/kvm/%d-*", pid);
+	ret = glob(pattern, 0, NULL, &found);
+	globfree(&found);
+	return !ret;
+}
+
+static void run_killed(void)
+{
+	pthread_t thread;
+
+	create_vm();
+	__TEST_REQUIRE(has_vm(getpid()), "needs debugfs");
+	run_until(PAGE_MISSING);
+	wait_for_worker();
+	disable(&thread);
+	kill(getpid(), SIGKILL);
+}
+
+static int test_killed(void)
+{
+	struct pollfd p = { .events = POLLIN };
+	pid_t child = fork();
+	int status;
+
+	TEST_ASSERT(child >= 0, "fork(): errno %d", errno);
+	if (!child)
+		run_killed();
+
+	p.fd = syscall(SYS_pidfd_open, child, 0);
+	TEST_ASSERT(p.fd >= 0, "pidfd_open(): errno %d", errno);
+	TEST_ASSERT(poll(&p, 1, TIMEOUT_SECONDS * 1000) == 1,
+		    "the process has not exited after %d s", TIMEOUT_SECONDS);
+	TEST_ASSERT(waitpid(child, &status, 0) == child, "waitpid(): errno %d", errno);
+	if (WIFEXITED(status))
+		return WEXITSTATUS(status);
+	TEST_ASSERT(WTERMSIG(status) == SIGKILL, "killed by signal %d", WTERMSIG(status));
+	wait_for(!has_vm(child));
+	return 0;
+}
+
+static void run_tests(void)
+{
+	create_vm();
 	test_read_only(true);
 	test_read_only(false);
 	/* Page faults on the same page must be asynchronous again. */
 	test_deliver();
 	test_set_msrs();
-	kvm_vm_free(vm);
+	test_disable();
+	test_halted();
+	test_destroy();
 }
 
 int main(int argc, char *argv[])
@@ -414,9 +616,20 @@ int main(int argc, char *argv[])
 	int status, fds[2], ret;
 	struct pollfd p;
 	pid_t child;
+	int opt;
 
 	setbuf(stdout, NULL);
 	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_KVM_ASYNC_PF_INT));
+
+	opt = getopt(argc, argv, "hk");
+	if (opt == 'k')
+		return test_killed();
+	if (opt != -1) {
+		printf("usage: %s [-h] [-k]\n", program_invocation_short_name);
+		printf(" -k: only kill a process whose worker waits for a page\n");
+		return opt == 'h' ? 0 : 1;
+	}
+
 	TEST_ASSERT(!pipe(fds), "pipe(): errno %d", errno);
 
 	child = fork();

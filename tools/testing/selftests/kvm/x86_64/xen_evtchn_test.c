@@ -24,6 +24,7 @@
 #include "kvm_util.h"
 #include "processor.h"
 #include "uffd.h"
+#include "vmx.h"
 #include "xen.h"
 
 /* Arbitrarily chosen, mapped one to one, outside of memslot 0. */
@@ -43,6 +44,9 @@ enum {
 
 /* Arbitrarily chosen, in the middle of its page. */
 #define VCPU_INFO_OFFSET	0x40
+
+/* The eight bytes before vcpu_info are the rest of an entry of a VM-exit MSR-store area. */
+#define NESTED_INFO_OFFSET	0x48
 
 #define GSI			32
 
@@ -1026,6 +1030,7 @@ TEST(arguments)
 
 /* Arbitrarily chosen */
 #define UPCALL_VECTOR		0x31
+#define IPI_VECTOR		0x41
 
 static int set_upcall_vector(struct kvm_vcpu *vcpu, uint8_t vector)
 {
@@ -1217,6 +1222,126 @@ TEST(withdrawn_upcall)
 	join_thread(thread, "KVM_RUN of a vCPU that stops");
 	TEST_ASSERT(!READ_ONCE(*strays), "%lu strays beside %lu upcalls, expected none",
 		    *strays, *upcalls);
+	xen_vm_free(x);
+}
+
+#define APIC_ISR		0x100
+#define INTR_INFO_VALID_MASK	0x80000000u
+
+static uint64_t guest_vmcalls;
+
+static void l2_guest_vmcall(void)
+{
+	asm volatile("sti");	/* Bochs ignores interrupts of the host otherwise. */
+	for (;;)
+		asm volatile("vmcall" : : : "rax", "rbx", "rcx", "rdx");
+}
+
+static bool guest_apic_bit(unsigned int reg, uint8_t vector)
+{
+	return x2apic_read_reg(reg + vector / 32 * 0x10) & BIT(vector % 32);
+}
+
+static void guest_acks_on_vmexit(struct vmx_pages *vmx)
+{
+	struct xen_vcpu_info *info = (void *)PAGE_GPA(VCPU_INFO_PAGE) + NESTED_INFO_OFFSET;
+	struct vmx_msr_entry *msr = (void *)info - offsetof(struct vmx_msr_entry, value);
+	uint64_t stack[64], controls;
+
+	x2apic_enable();
+	GUEST_ASSERT(prepare_for_vmx_operation(vmx));
+	GUEST_ASSERT(load_vmcs(vmx));
+	prepare_vmcs(vmx, l2_guest_vmcall, &stack[ARRAY_SIZE(stack)]);
+	vmwrite(PIN_BASED_VM_EXEC_CONTROL,
+		vmreadz(PIN_BASED_VM_EXEC_CONTROL) | PIN_BASED_EXT_INTR_MASK);
+	controls = vmreadz(VM_EXIT_CONTROLS);
+
+	/* The vector of an upcall that the VM-exit itself withdraws. */
+	msr->index = MSR_IA32_SYSENTER_CS;	/* 0 */
+	vmwrite(VM_EXIT_MSR_STORE_ADDR, (unsigned long)msr);
+	vmwrite(VM_EXIT_MSR_STORE_COUNT, 1);
+	vmwrite(VM_EXIT_CONTROLS, controls | VM_EXIT_ACK_INTR_ON_EXIT);
+	info->evtchn_upcall_pending = 1;
+	GUEST_ASSERT(!vmlaunch());
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_REASON), EXIT_REASON_EXTERNAL_INTERRUPT);
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_INTR_INFO), INTR_INFO_VALID_MASK | UPCALL_VECTOR);
+	GUEST_ASSERT(!info->evtchn_upcall_pending);
+	vmwrite(VM_EXIT_MSR_STORE_COUNT, 0);
+
+	/* The vector of the local APIC, which is in service then. */
+	x2apic_write_reg(APIC_ICR, APIC_DEST_SELF | APIC_INT_ASSERT | IPI_VECTOR);
+	GUEST_ASSERT(!vmresume());
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_REASON), EXIT_REASON_EXTERNAL_INTERRUPT);
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_INTR_INFO), INTR_INFO_VALID_MASK | IPI_VECTOR);
+	GUEST_ASSERT(!guest_apic_bit(APIC_IRR, IPI_VECTOR));
+	GUEST_ASSERT(guest_apic_bit(APIC_ISR, IPI_VECTOR));
+	x2apic_write_reg(APIC_EOI, 0);
+
+	/* No vector if L1 does not want it: the local APIC keeps the interrupt. */
+	vmwrite(VM_EXIT_CONTROLS, controls);
+	x2apic_write_reg(APIC_ICR, APIC_DEST_SELF | APIC_INT_ASSERT | IPI_VECTOR);
+	GUEST_ASSERT(!vmresume());
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_REASON), EXIT_REASON_EXTERNAL_INTERRUPT);
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_INTR_INFO), 0);
+	GUEST_ASSERT(guest_apic_bit(APIC_IRR, IPI_VECTOR));
+	GUEST_ASSERT(!guest_apic_bit(APIC_ISR, IPI_VECTOR));
+
+	vmwrite(VM_EXIT_CONTROLS, controls | VM_EXIT_ACK_INTR_ON_EXIT);
+	GUEST_ASSERT(!vmresume());
+	GUEST_ASSERT_EQ(vmreadz(VM_EXIT_INTR_INFO), INTR_INFO_VALID_MASK | IPI_VECTOR);
+	x2apic_write_reg(APIC_EOI, 0);
+	GUEST_SYNC(0);
+
+	/* Upcalls that the host withdraws at any moment, between other VM-exits. */
+	while (!READ_ONCE(guest_stop)) {
+		GUEST_ASSERT(!vmresume());
+		if (vmreadz(VM_EXIT_REASON) == EXIT_REASON_VMCALL) {
+			vmwrite(GUEST_RIP, vmreadz(GUEST_RIP) + 3);
+			WRITE_ONCE(guest_vmcalls, guest_vmcalls + 1);
+			continue;
+		}
+		GUEST_ASSERT_EQ(vmreadz(VM_EXIT_REASON), EXIT_REASON_EXTERNAL_INTERRUPT);
+		GUEST_ASSERT_EQ(vmreadz(VM_EXIT_INTR_INFO),
+				INTR_INFO_VALID_MASK | UPCALL_VECTOR);
+		WRITE_ONCE(guest_upcalls, guest_upcalls + 1);
+	}
+	GUEST_SYNC(0);
+}
+
+/* An interrupt makes L2 exit to L1, which lets the VM-exit acknowledge it, or not. */
+TEST(nested_ack)
+{
+	struct xen_vcpu_info *info;
+	uint64_t *upcalls, *vmcalls;
+	unsigned int i = 0, j;
+	pthread_t thread;
+	struct xen_vm *x;
+	vm_vaddr_t vmx;
+
+	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_VMX));
+	x = xen_vm_create(guest_acks_on_vmexit, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+						KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	ASSERT_EQ(set_vm_upcall_vector(x, UPCALL_VECTOR), 0);
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
+		.u.gpa = PAGE_GPA(VCPU_INFO_PAGE) + NESTED_INFO_OFFSET,
+	}), 0);
+	vcpu_alloc_vmx(x->vm, &vmx);
+	vcpu_args_set(x->vcpus[0], 1, vmx);
+	ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
+
+	info = (void *)shared_page(x, VCPU_INFO_PAGE) + NESTED_INFO_OFFSET;
+	upcalls = addr_gva2hva(x->vm, (vm_vaddr_t)&guest_upcalls);
+	vmcalls = addr_gva2hva(x->vm, (vm_vaddr_t)&guest_vmcalls);
+	thread = start_thread(thread_run_to_sync, x->vcpus[0]);
+	while (READ_ONCE(*upcalls) < nr_races * 100 || READ_ONCE(*vmcalls) < nr_races * 100) {
+		WRITE_ONCE(info->evtchn_upcall_pending, ++i & 1);
+		/* In an emulator, equal intervals can be in step with KVM. */
+		for (j = i % 997; j; j--)
+			cpu_relax();
+	}
+	stop_guest(x);
+	ASSERT_EQ(join_thread(thread, "KVM_RUN of a vCPU that stops"), 0);
 	xen_vm_free(x);
 }
 
@@ -2106,6 +2231,100 @@ TEST(runstate_written)
 		run_immediate(x->vcpus[0]);
 		assert_runstate_at(x, p, "mode changed");
 	}
+	xen_vm_free(x);
+}
+
+static void *thread_set_offline(void *vcpu)
+{
+	return (void *)(long)set_vcpu_attr(vcpu, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
+		.u.runstate.state = XEN_RUNSTATE_OFFLINE,
+	});
+}
+
+/*
+ * While the ioctl waits for the page of the runstate, memslots can be changed.  It does
+ * not wait for a page into which only the runstate of a 64-bit guest would extend.
+ */
+TEST(runstate_absent)
+{
+	uint8_t data[PAGE_SIZE], *page;
+	pthread_t setter;
+	struct xen_vm *x;
+	int uffd;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE) + 8), 0);
+	make_absent(x, TIME_INFO_PAGE);
+	page = shared_page(x, TIME_INFO_PAGE);
+	uffd = uffd_register(page, PAGE_SIZE, 0);
+
+	setter = start_thread(thread_set_offline, x->vcpus[0]);
+	uffd_wait_for_fault(uffd);
+	join_thread(start_thread(thread_add_memslot, x->vm), "KVM_SET_USER_MEMORY_REGION");
+
+	memset(data, 0xaa, sizeof(data));
+	uffd_provide(uffd, page, data, sizeof(data));
+	close(uffd);
+	ASSERT_EQ(join_thread(setter, "RUNSTATE_CURRENT"), 0);
+	assert_runstate_at(x, page + 8, "state set");
+
+	set_long_mode(x, false);
+	ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE) -
+				       sizeof(struct xen_compat_runstate)), 0);
+	make_absent(x, TIME_INFO_PAGE);
+	/* A change of any memslot makes KVM look up the pages again. */
+	vm_mem_region_delete(x->vm, SHARED_SLOT + 1);
+	uffd = uffd_register(page, PAGE_SIZE, 0);
+	join_thread(start_thread(thread_set_offline, x->vcpus[0]), "RUNSTATE_CURRENT");
+	close(uffd);
+	xen_vm_free(x);
+}
+
+static void *thread_set_long_mode(void *vm)
+{
+	return (void *)(long)xen_set_vm_attr(vm, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = true,
+	});
+}
+
+/*
+ * A mode that is refused, because the page of the wall clock is absent and then not
+ * mapped, is never in effect: in 64-bit mode, KVM would write a longer runstate.
+ */
+TEST(mode_refused)
+{
+	pthread_t setter;
+	struct xen_vm *x;
+	uint8_t *p;
+	int uffd;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	x = xen_vm_create(guest_sync_forever, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	set_long_mode(x, false);
+	memset(shared_page(x, TIME_INFO_PAGE), 0xaa, PAGE_SIZE);
+	p = shared_page(x, TIME_INFO_PAGE) + 8;
+	ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE) + 8), 0);
+	make_absent(x, SHINFO_PAGE);
+	uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
+
+	setter = start_thread(thread_set_long_mode, x->vm);
+	uffd_wait_for_fault(uffd);
+	ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
+	TEST_ASSERT(p[sizeof(struct xen_compat_runstate)] == 0xaa,
+		    "%#x behind the runstate, expected 0xaa",
+		    p[sizeof(struct xen_compat_runstate)]);
+
+	TEST_ASSERT(!munmap(shared_page(x, SHINFO_PAGE), PAGE_SIZE),
+		    "munmap(): %s", strerror(errno));
+	close(uffd);
+	ASSERT_EQ(join_thread(setter, "LONG_MODE"), EFAULT);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_LONG_MODE).u.long_mode, false);
+	ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
+	assert_runstate_at(x, p, "mode refused");
 	xen_vm_free(x);
 }
 
