@@ -939,7 +939,10 @@ TEST_F(gate, sleep)
 	}
 }
 
-/* Several refreshes of a cache wait for the same invalidation: one maps the page. */
+/*
+ * Several refreshes of a cache wait for the same invalidation: one maps the page.
+ * The senders must not share a lock that they take before the refresh.
+ */
 TEST_F(gate, contended)
 {
 	static const char * const names[] = { "pfncache_refresh", "pfncache_refresh_valid" };
