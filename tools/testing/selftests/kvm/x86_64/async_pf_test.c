@@ -11,12 +11,16 @@
  *  - read_only: the process may only read the pages, but KVM's worker first asks for pages
  *    that can be written to.  The guest must get them nevertheless, also if it goes on
  *    with another page after each interrupt.
- *  - disable: the feature is disabled while KVM's worker waits for the page.  KVM_SET_MSRS
- *    must not wait for the worker.  When the feature is enabled again, the guest must be
- *    told that all pages are present.
+ *  - disable: the guest or userspace disables the feature while KVM's worker waits for
+ *    the page.  Neither KVM_RUN nor KVM_SET_MSRS must wait for the worker.  When the
+ *    feature is enabled again, the guest must be told that all pages are present.
  *  - halted: the guest cannot be told about the missing page, so KVM halts the vCPU.  When
  *    userspace then disables the feature, as for a reset, the vCPU must run again.
  *    A halt that has not begun yet, because KVM_RUN ended before it, is not tested.
+ *  - enable: when the feature is enabled, the guest must be told that all pages are
+ *    present, also if KVM has another page to report.
+ *  - limit: with 64 workers that wait for pages which the guest does not need any more,
+ *    the vCPU must wait for the next page itself, until they have ended.
  *  - destroy: as halted, but then the VM is destroyed, before or after the page is
  *    provided.
  *  - killed (with -k, nothing else): the process is killed after the feature is disabled,
@@ -61,6 +65,10 @@
 #define READY_VECTOR		0x40
 #define DATA_VALUE		0x600dull
 
+/* How many workers of a vCPU may wait, see ASYNC_PF_PER_VCPU in kvm_host.h */
+#define MAX_WORKERS		64
+#define NR_DATA_PAGES		(MAX_WORKERS + 1)
+
 /* The token of the interrupt that follows the activation of the feature. */
 #define TOKEN_ALL		0xffffffffu
 
@@ -74,6 +82,7 @@
 enum {
 	PAGE_MISSING,	/* with the token */
 	PAGE_READ,	/* with the value */
+	DISABLED,
 };
 
 /* Written by KVM, and by the guest to acknowledge. */
@@ -85,6 +94,9 @@ static bool activated;
 
 /* Written by the host: go on with the other page after each interrupt. */
 static bool alternate;
+
+/* Written by the host: disable the feature when the next page is missing. */
+static bool disable_in_guest;
 
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
@@ -105,6 +117,11 @@ static void guest_pf_handler(struct ex_regs *regs)
 	apf.flags = 0;
 
 	GUEST_SYNC_ARGS(PAGE_MISSING, token, 0, 0, 0);
+
+	if (READ_ONCE(disable_in_guest)) {
+		wrmsr(MSR_KVM_ASYNC_PF_EN, 0);
+		GUEST_SYNC(DISABLED);
+	}
 
 	while (READ_ONCE(ready_token) != token)
 		asm volatile("sti; hlt; cli" ::: "memory");
@@ -355,12 +372,23 @@ static void test_set_msrs(void)
 	finish_access(token);
 }
 
+/* The guest is about to read a page: let it read page @nr. */
+static void access_page(int nr)
+{
+	struct kvm_regs regs;
+
+	vcpu_regs_get(vcpu, &regs);
+	regs.rdi = DATA_GPA + nr * page_size;
+	vcpu_regs_set(vcpu, &regs);
+}
+
 /* Let the guest read the page. */
 static void *read_worker(void *arg)
 {
 	uint64_t *value = arg;
 	struct ucall uc;
 
+	WRITE_ONCE(runner, gettid());
 	do {
 		vcpu_run(vcpu);
 		TEST_ASSERT(get_ucall(vcpu, &uc) == UCALL_SYNC,
@@ -423,7 +451,7 @@ static bool disable(pthread_t *thread)
 	return !pthread_timedjoin_np(*thread, NULL, &limit);
 }
 
-static void test_disable(void)
+static void test_disable(bool by_guest)
 {
 	uint64_t token, value, enabled = vcpu_get_msr(vcpu, MSR_KVM_ASYNC_PF_EN);
 	pthread_t thread;
@@ -435,12 +463,22 @@ static void test_disable(void)
 	token = run_until(PAGE_MISSING);
 	wait_for_worker();
 
-	begin("disable: KVM_SET_MSRS");
-	disabled = disable(&thread);
-	provide_page();
-	if (!disabled)
-		join_thread(thread, "KVM_SET_MSRS");
-	TEST_ASSERT(disabled, "expected KVM_SET_MSRS not to wait for the page");
+	if (by_guest) {
+		begin("disable: WRMSR of the guest, without the page");
+		disable_in_guest = true;
+		sync_global_to_guest(vm, disable_in_guest);
+		run_until(DISABLED);
+		disable_in_guest = false;
+		sync_global_to_guest(vm, disable_in_guest);
+		provide_page();
+	} else {
+		begin("disable: KVM_SET_MSRS");
+		disabled = disable(&thread);
+		provide_page();
+		if (!disabled)
+			join_thread(thread, "KVM_SET_MSRS");
+		TEST_ASSERT(disabled, "expected KVM_SET_MSRS not to wait for the page");
+	}
 
 	give_time();
 	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, enabled);
@@ -474,22 +512,33 @@ static void *halted_worker(void *unused)
 	return NULL;
 }
 
-/* With the feature disabled, let KVM halt the vCPU, and leave KVM_RUN. */
-static void let_kvm_halt_vcpu(void)
+static pthread_t start_halted(void)
 {
 	struct sigaction sa = { .sa_handler = ignore_signal };
-	pthread_t thread;
 
 	sigaction(SIGUSR1, &sa, NULL);
 	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
 	drop_page();
-	thread = start_thread(halted_worker, NULL);
-	wait_for_worker();
-	give_time();
+	return start_thread(halted_worker, NULL);
+}
+
+/* Let KVM_RUN end with EINTR. */
+static void stop_halted(pthread_t thread)
+{
 	vcpu->run->immediate_exit = 1;
 	pthread_kill(thread, SIGUSR1);
 	join_thread(thread, "KVM_RUN");
 	vcpu->run->immediate_exit = 0;
+}
+
+/* With the feature disabled, let KVM halt the vCPU, and leave KVM_RUN. */
+static void let_kvm_halt_vcpu(void)
+{
+	pthread_t thread = start_halted();
+
+	wait_for_worker();
+	give_time();
+	stop_halted(thread);
 }
 
 static void test_halted(void)
@@ -506,48 +555,63 @@ static void test_halted(void)
 	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
 }
 
-static void *destroy_worker(void *unused)
+static void test_enable(void)
 {
-	kvm_vm_free(vm);
-	return NULL;
+	uint64_t value;
+	int i;
+
+	/* The guest is not told about this page. */
+	begin("enable: wait for KVM's worker");
+	let_kvm_halt_vcpu();
+	provide_page();
+	give_time();
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN,
+		     addr_gva2gpa(vm, (vm_vaddr_t)&apf) | KVM_ASYNC_PF_ENABLED |
+		     KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT);
+
+	begin("enable: wait for the guest");
+	activated = false;
+	sync_global_to_guest(vm, activated);
+	for (i = 0; i < 3; i++) {
+		value = run_until(PAGE_READ);
+		TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE,
+			    value);
+	}
+	sync_global_from_guest(vm, activated);
+	TEST_ASSERT(activated, "expected an interrupt with token %#x", TOKEN_ALL);
 }
 
-static void test_destroy(void)
+static void test_limit(void)
 {
 	pthread_t thread;
+	uint64_t value;
+	int i;
 
-	begin("destroy: wait for KVM's worker");
-	let_kvm_halt_vcpu();
+	for (i = 0; i < MAX_WORKERS; i++) {
+		begin("limit: wait for KVM's worker");
+		thread = start_halted();
+		wait_for_worker();
+		stop_halted(thread);
+		access_page(i + 1);
+	}
+
+	/* The vCPU would leave KVM_RUN with EINTR after a signal. */
+	begin("limit: wait for the vCPU");
 	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
+	thread = start_thread(read_worker, &value);
+	TEST_ASSERT(wait_for_fault() == READ_ONCE(runner),
+		    "expected the vCPU to wait for the page");
+	for (i = 0; i <= MAX_WORKERS; i++)
+		provide_page_at(data + i * page_size);
+	join_thread(thread, "KVM_RUN");
+	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
 
-	begin("destroy: wait for the end of the VM");
-	thread = start_thread(destroy_worker, NULL);
 	give_time();
-	TEST_ASSERT(pthread_tryjoin_np(thread, NULL) == EBUSY,
-		    "expected the destruction to wait for KVM's worker");
+	begin("limit: wait for KVM's worker again");
+	let_kvm_halt_vcpu();
 	provide_page();
-	join_thread(thread, "destruction of the VM");
-}
-
-static void create_vm(void)
-{
-	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
-	ucall_init(vm, NULL);
-	page_size = getpagesize();
-	data_size = 2 * page_size;
-	data = mmap(NULL, data_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	other = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
-	set_slot(DATA_SLOT, DATA_GPA, data_size, data);
-	virt_map(vm, DATA_GPA, DATA_GPA, data_size / vm->page_size);
-	uffd = uffd_register(data, data_size, UFFD_FEATURE_THREAD_ID);
-
-	vm_init_descriptor_tables(vm);
-	vcpu_init_descriptor_tables(vcpu);
-	vm_install_exception_handler(vm, PF_VECTOR, guest_pf_handler);
-	vm_install_exception_handler(vm, READY_VECTOR, guest_ready_handler);
-	vcpu_args_set(vcpu, 1, addr_gva2gpa(vm, (vm_vaddr_t)&apf));
-	host_apf = addr_gva2hva(vm, (vm_vaddr_t)&apf);
+	value = run_until(PAGE_READ);
+	TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE, value);
 }
 
 /* The process has a VM, according to debugfs. */
@@ -561,6 +625,53 @@ static bool has_vm(pid_t pid)
 	ret = glob(pattern, 0, NULL, &found);
 	globfree(&found);
 	return !ret;
+}
+
+static void *destroy_worker(void *unused)
+{
+	kvm_vm_free(vm);
+	return NULL;
+}
+
+static void test_destroy(void)
+{
+	bool debugfs = has_vm(getpid());
+	pthread_t thread;
+
+	begin("destroy: wait for KVM's worker");
+	let_kvm_halt_vcpu();
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, 0);
+
+	begin("destroy: wait for the end of the VM");
+	thread = start_thread(destroy_worker, NULL);
+	if (debugfs)
+		wait_for(!has_vm(getpid()));
+	give_time();
+	TEST_ASSERT(pthread_tryjoin_np(thread, NULL) == EBUSY,
+		    "expected the destruction to wait for KVM's worker");
+	provide_page();
+	join_thread(thread, "destruction of the VM");
+}
+
+static void create_vm(void)
+{
+	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	ucall_init(vm, NULL);
+	page_size = getpagesize();
+	data_size = NR_DATA_PAGES * page_size;
+	data = mmap(NULL, data_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	other = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	TEST_ASSERT(data != MAP_FAILED && other != MAP_FAILED, "mmap() failed: %d", errno);
+	set_slot(DATA_SLOT, DATA_GPA, data_size, data);
+	virt_map(vm, DATA_GPA, DATA_GPA, data_size / vm->page_size);
+	uffd = uffd_register(data, data_size, UFFD_FEATURE_THREAD_ID);
+
+	vm_init_descriptor_tables(vm);
+	vcpu_init_descriptor_tables(vcpu);
+	vm_install_exception_handler(vm, PF_VECTOR, guest_pf_handler);
+	vm_install_exception_handler(vm, READY_VECTOR, guest_ready_handler);
+	vcpu_args_set(vcpu, 1, addr_gva2gpa(vm, (vm_vaddr_t)&apf));
+	host_apf = addr_gva2hva(vm, (vm_vaddr_t)&apf);
 }
 
 static void run_killed(void)
@@ -605,8 +716,11 @@ static void run_tests(void)
 	/* Page faults on the same page must be asynchronous again. */
 	test_deliver();
 	test_set_msrs();
-	test_disable();
+	test_disable(false);
+	test_disable(true);
 	test_halted();
+	test_enable();
+	test_limit();
 	test_destroy();
 }
 

@@ -12,8 +12,9 @@
  * - several owners, several inhibited VPs, several flushers, two inhibited VPs
  *   that flush each other, owners that are added after a flush began, and
  *   owners that several threads change;
- * - each way out of the blocked state: release, signal, interrupt, NMI, SMI,
- *   INIT, changed registers, save and restore, the end of the process;
+ * - each way out of the blocked state: release, signal, interrupts of the local APIC and
+ *   of the PIC, NMI, SMI, INIT, changed registers, save and restore, the end of the
+ *   process;
  * - events that do not unblock the vCPU: a masked interrupt, a kick, which only
  *   ends HLT, a timer, what KVM_GUESTDBG_BLOCKIRQ holds back, and a page that is
  *   ready while another notification is pending;
@@ -43,6 +44,7 @@
 #include "apic.h"
 #include "hyperv.h"
 #include "svm_util.h"
+#include "vmx.h"
 
 #define NR_VCPUS	4
 #define NR_FLUSHERS	2
@@ -55,6 +57,7 @@
 #define OWNER		BIT(0)
 #define OWNER2		BIT(31)
 #define IRQ_VECTOR	0xa5
+#define PIC_VECTOR	0xa8	/* a multiple of 8 */
 #define ELSEWHERE	0x600d
 #define STUB_PORT	0xe
 #define SIPI_VECTOR	0x10
@@ -63,6 +66,10 @@
 #define NR_PAGES	1024
 
 #define SIPI_GPA	(SIPI_VECTOR << 12)
+
+/* The master PIC */
+#define PIC_CMD		0x20
+#define PIC_DATA	0x21
 
 /* Bits of HV_X64_MSR_STIMER0_CONFIG; bits 11:4 are the vector. */
 #define STIMER_ENABLE	BIT(0)
@@ -107,6 +114,11 @@ static void guest_irq_handler(struct ex_regs *regs)
 	x2apic_write_reg(APIC_EOI, 0);
 }
 
+static void guest_pic_handler(struct ex_regs *regs)
+{
+	WRITE_ONCE(event_ctx->irqs, event_ctx->irqs + 1);
+}
+
 static void guest_nmi_handler(struct ex_regs *regs)
 {
 	WRITE_ONCE(event_ctx->nmis, event_ctx->nmis + 1);
@@ -126,6 +138,24 @@ static void guest_flusher(struct guest_ctx *ctx)
 static void guest_apic_flusher(struct guest_ctx *ctx)
 {
 	x2apic_enable();
+	guest_flusher(ctx);
+}
+
+static void write_port(uint16_t port, uint8_t value)
+{
+	asm volatile("outb %0, %1" : : "a" (value), "d" (port));
+}
+
+/* Interrupts of the PIC have the vectors from IRQ_VECTOR on. */
+static void guest_pic_flusher(struct guest_ctx *ctx)
+{
+	x2apic_enable();
+	write_port(PIC_CMD, 0x11);		/* ICW1: edge-triggered, cascade, ICW4 follows */
+	write_port(PIC_DATA, PIC_VECTOR);	/* ICW2 */
+	write_port(PIC_DATA, 0x04);		/* ICW3: the slave is at pin 2 */
+	write_port(PIC_DATA, 0x03);		/* ICW4: 8086 mode, automatic EOI */
+	write_port(PIC_DATA, 0xfe);		/* mask all pins but 0 */
+	asm volatile("sti");
 	guest_flusher(ctx);
 }
 
@@ -392,6 +422,7 @@ static void test_vm_init(struct test_vm *t, void *guest_code)
 
 	vm_init_descriptor_tables(t->vm);
 	vm_install_exception_handler(t->vm, IRQ_VECTOR, guest_irq_handler);
+	vm_install_exception_handler(t->vm, PIC_VECTOR, guest_pic_handler);
 	vm_install_exception_handler(t->vm, NMI_VECTOR, guest_nmi_handler);
 
 	for (i = 0; i < NR_FLUSHERS; i++) {
@@ -1245,6 +1276,96 @@ TEST(events)
 	end_after_nmi(&t);
 }
 
+/* An interrupt of the PIC, which reaches the boot CPU only */
+TEST(pic)
+{
+	struct test_vm t;
+	uint64_t i;
+
+	test_vm_create(&t, vp_maps[0], guest_pic_flusher);
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+
+	for (i = 1; i <= 10; i++) {
+		kvm_irq_line(t.vm, 0, 1);
+		kvm_irq_line(t.vm, 0, 0);
+		wait_count(&t.ctx[1]->irqs, i, "interrupts");
+		runner_wait_blocked(&t.runners[0], 1 + i);
+	}
+	check_no_cpu_time(&t, 0);
+
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 11);
+	kvm_vm_free(t.vm);
+}
+
+/* With the PIC in userspace, and the local APIC in the kernel */
+TEST(split_irqchip)
+{
+	struct kvm_interrupt interrupt = { .irq = IRQ_VECTOR };
+	struct test_vm t = { .vp_index = vp_maps[0] };
+
+	t.vm = ____vm_create(VM_MODE_DEFAULT, NR_PAGES);
+	kvm_vm_elf_load(t.vm, program_invocation_name);
+	vm_enable_cap(t.vm, KVM_CAP_SPLIT_IRQCHIP, 24);
+	test_vm_init(&t, guest_irq_flusher);
+
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	send_event(&t, 0, APIC_DM_FIXED | IRQ_VECTOR);
+	wait_count(&t.ctx[1]->irqs, 1, "interrupts");
+	runner_wait_blocked(&t.runners[0], 2);
+
+	/* Userspace cannot inject an interrupt while KVM_RUN is in progress. */
+	stop_by_signal(&t.runners[0]);
+	vcpu_ioctl(t.vcpus[0], KVM_INTERRUPT, &interrupt);
+	start_blocked(&t, 0);
+	wait_count(&t.ctx[1]->irqs, 2, "interrupts");
+	check_no_cpu_time(&t, 0);
+
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
+/* If the VP index of a vCPU changes, its owners stay, and so do those who wait for it. */
+TEST(vp_index)
+{
+	const uint32_t *old_index = vp_maps[0];
+	uint32_t new_index[NR_VCPUS];
+	struct test_vm t;
+	int r;
+
+	memcpy(new_index, old_index, sizeof(new_index));
+	new_index[TARGET] = 700;
+
+	test_vm_create(&t, old_index, guest_flusher);
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+
+	vcpu_set_msr(t.vcpus[TARGET], HV_X64_MSR_VP_INDEX, new_index[TARGET]);
+	r = __set_inhibit(&t, old_index[TARGET], 0, OWNER);
+	TEST_ASSERT(r == -1 && errno == ENOENT, "old VP index: ret %d errno %d, expected -1 %d",
+		    r, errno, ENOENT);
+	t.vp_index = new_index;
+	check_owners(&t, TARGET, OWNER);
+	check_no_cpu_time(&t, 0);
+
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+
+	/* The new index names the same target. */
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
 /* With KVM_GUESTDBG_BLOCKIRQ, events stay pending, and the vCPU blocked. */
 TEST(blockirq)
 {
@@ -1651,16 +1772,34 @@ static void l2_guest_flusher(void)
 	hyperv_flush_tlb(event_ctx->pages, &event_ctx->flush);
 }
 
-static void guest_l1(struct svm_test_data *svm, struct guest_ctx *ctx)
+static void run_l2_svm(struct svm_test_data *svm, void *stack)
 {
-	unsigned long l2_stack[L2_STACK_SIZE] __aligned(16);
-
-	hyperv_enable_hypercalls(ctx->pages);
-	generic_svm_setup(svm, l2_guest_flusher, &l2_stack[L2_STACK_SIZE - 1]);
+	generic_svm_setup(svm, l2_guest_flusher, stack);
 	run_guest(svm->vmcb, svm->vmcb_gpa);
 
 	GUEST_ASSERT_1(svm->vmcb->control.exit_code == SVM_EXIT_VMMCALL,
 		       svm->vmcb->control.exit_code);
+}
+
+static void run_l2_vmx(struct vmx_pages *vmx, void *stack)
+{
+	GUEST_ASSERT(prepare_for_vmx_operation(vmx));
+	GUEST_ASSERT(load_vmcs(vmx));
+	prepare_vmcs(vmx, l2_guest_flusher, stack);
+	GUEST_ASSERT(!vmlaunch());
+	GUEST_ASSERT_1(vmreadz(VM_EXIT_REASON) == EXIT_REASON_VMCALL,
+		       vmreadz(VM_EXIT_REASON));
+}
+
+static void guest_l1(struct svm_test_data *svm, struct vmx_pages *vmx, struct guest_ctx *ctx)
+{
+	unsigned long l2_stack[L2_STACK_SIZE] __aligned(16);
+
+	hyperv_enable_hypercalls(ctx->pages);
+	if (svm)
+		run_l2_svm(svm, &l2_stack[L2_STACK_SIZE - 1]);
+	else
+		run_l2_vmx(vmx, &l2_stack[L2_STACK_SIZE - 1]);
 	GUEST_SYNC(0);
 
 	/* L1 makes the same hypercall itself. */
@@ -1669,10 +1808,10 @@ static void guest_l1(struct svm_test_data *svm, struct guest_ctx *ctx)
 
 TEST(nested)
 {
-	vm_vaddr_t svm_gva, ctx_gva;
+	vm_vaddr_t svm_gva = 0, vmx_gva = 0, ctx_gva;
 	struct test_vm t;
 
-	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_SVM));
+	TEST_REQUIRE(kvm_cpu_has(X86_FEATURE_SVM) || kvm_cpu_has(X86_FEATURE_VMX));
 
 	memset(&t, 0, sizeof(t));
 	t.vp_index = vp_maps[0];
@@ -1683,8 +1822,11 @@ TEST(nested)
 	ctx_gva = vm_vaddr_alloc_page(t.vm);
 	t.ctx[0] = addr_gva2hva(t.vm, ctx_gva);
 	t.ctx[0]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t.vm);
-	vcpu_alloc_svm(t.vm, &svm_gva);
-	vcpu_args_set(t.vcpus[0], 2, svm_gva, ctx_gva);
+	if (kvm_cpu_has(X86_FEATURE_SVM))
+		vcpu_alloc_svm(t.vm, &svm_gva);
+	else
+		vcpu_alloc_vmx(t.vm, &vmx_gva);
+	vcpu_args_set(t.vcpus[0], 3, svm_gva, vmx_gva, ctx_gva);
 	event_ctx = (void *)ctx_gva;
 	sync_global_to_guest(t.vm, event_ctx);
 

@@ -292,6 +292,8 @@ struct remote {
 
 static void guest_reader(struct remote *remote)
 {
+	/* Bochs does not deliver interrupts to KVM while a guest has disabled them. */
+	asm volatile("sti");
 	while (!READ_ONCE(remote->stop)) {
 		WRITE_ONCE(remote->value, READ_ONCE(*remote->page));
 		WRITE_ONCE(remote->reads, remote->reads + 1);
@@ -315,6 +317,7 @@ static void guest_remote_flusher(struct hyperv_hcall_pages *pages,
 	uint64_t status, i;
 
 	hyperv_enable_hypercalls(pages);
+	asm volatile("sti");
 
 	for (i = 1; i <= remote->rounds; i++) {
 		/* Let the reader use the old translation. */

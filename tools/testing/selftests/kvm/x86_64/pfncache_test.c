@@ -51,6 +51,7 @@
 /* Pages of the slot. */
 #define NR_PAGES	64
 #define VCPU_INFO_PAGE	4
+#define CLOCK_PAGE	16
 #define SHINFO_PAGE	32
 
 /* More pages on each side of the page than KVM records ranges of at first. */
@@ -1273,6 +1274,39 @@ TEST_F(pfncache, bad_address)
 	expect_send(5, -EFAULT);
 	set_shinfo(SHINFO_PAGE);
 	expect_send(5, 0);
+}
+
+/*
+ * The dirty log has the pages of the clocks, that of Xen in vcpu_info and kvmclock,
+ * whenever KVM writes to them, whether the caches are refreshed or not.
+ */
+TEST_F(pfncache, dirty_log)
+{
+	struct kvm_clock_data clock = {};
+	uint64_t dirty, expected = BIT_ULL(VCPU_INFO_PAGE) | BIT_ULL(CLOCK_PAGE);
+	uint32_t version;
+	int i;
+
+	create_vm(NR_PAGES);
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(CLOCK_PAGE) | KVM_MSR_ENABLED);
+	vcpu_run(vcpu);
+	vm_set_user_memory_region(vm, SLOT, KVM_MEM_LOG_DIRTY_PAGES, BASE_GPA,
+				  NR_PAGES * page_size, mem);
+
+	for (i = 0; i < 3; i++) {
+		if (i == 2)
+			drop(CLOCK_PAGE, page_size);
+		kvm_vm_get_dirty_log(vm, SLOT, &dirty);
+		version = *(uint32_t *)page(CLOCK_PAGE);
+
+		vm_ioctl(vm, KVM_SET_CLOCK, &clock);
+		vcpu_run(vcpu);
+		TEST_ASSERT(*(uint32_t *)page(CLOCK_PAGE) != version,
+			    "%d: expected a new time, got version %u", i, version);
+		kvm_vm_get_dirty_log(vm, SLOT, &dirty);
+		TEST_ASSERT(dirty == expected, "%d: expected dirty pages %#lx, got %#lx", i,
+			    expected, dirty);
+	}
 }
 
 /* A structure that would cross a page boundary is refused and not written. */
