@@ -33,6 +33,7 @@
 #include <unistd.h>
 
 #include <asm/kvm_para.h>
+#include <linux/sizes.h>
 
 #include "test_util.h"
 #include "kvm_test_harness.h"
@@ -63,7 +64,6 @@
 #define NR_SENDERS		4
 
 #define FAILSLAB	"/sys/kernel/debug/failslab/"
-#define SPIN_US		"/sys/module/kvm/parameters/pfncache_spin_us"
 
 static size_t page_size;
 static size_t big_mib = 48;		/* a zap of more than 40 MiB frees in batches */
@@ -75,7 +75,6 @@ static struct kvm_vcpu *vcpu;
 static char *mem;
 static int irqfds[NR_IRQFDS];
 static bool has_gate;
-static char spin_us[16];		/* pfncache_spin_us before the test */
 static int gates[2], nr_gates;
 
 static struct thread {
@@ -402,14 +401,19 @@ static void end_process(pid_t pid)
 		    "process ended with status %#x, expected 0", status);
 }
 
-static void pin(int cpu)
+static void pin_task(pid_t tid, int cpu)
 {
 	cpu_set_t cpus;
 
 	CPU_ZERO(&cpus);
 	CPU_SET(cpu, &cpus);
-	TEST_ASSERT(!sched_setaffinity(0, sizeof(cpus), &cpus), "sched_setaffinity(): %s",
+	TEST_ASSERT(!sched_setaffinity(tid, sizeof(cpus), &cpus), "sched_setaffinity(): %s",
 		    strerror(errno));
+}
+
+static void pin(int cpu)
+{
+	pin_task(0, cpu);
 }
 
 /* Fresh memory is zero, unless KVM writes to a page that it must not use any more. */
@@ -460,8 +464,6 @@ static void set_up(void)
 	sh = mmap(NULL, sizeof(*sh), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
 		  -1, 0);
 	TEST_ASSERT(sh != MAP_FAILED, "mmap(): %s", strerror(errno));
-	if (has_gate)
-		write_file(SPIN_US, spin_us);
 	for (i = 0; i < NR_IRQFDS; i++) {
 		irqfds[i] = eventfd(0, EFD_NONBLOCK);
 		TEST_ASSERT(irqfds[i] >= 0, "eventfd(): %s", strerror(errno));
@@ -472,8 +474,6 @@ static void tear_down(void)
 {
 	if (vm)
 		kvm_vm_free(vm);
-	if (has_gate)
-		write_file(SPIN_US, spin_us);
 }
 
 FIXTURE(pfncache) {
@@ -741,25 +741,16 @@ static void expect_overlap(int gate[2])
 	join(&threads[0]);
 }
 
-/*
- * With 1 us, the waiter is asleep or about to sleep when the first invalidation
- * ends.  With 200 ms, it is still spinning, unless the machine is very slow.
- */
 TEST_F(gate, overlap)
 {
-	static const char * const spin_us[] = { "1", "200000" };
 	int gate[2] = { open_gate(), open_gate() };
-	unsigned int i;
 
 	create_vm(NR_PAGES);
 	attach_gate(gate[0]);
 	attach_gate(gate[1]);
 	set_shinfo(SHINFO_PAGE);
 
-	for (i = 0; i < ARRAY_SIZE(spin_us); i++) {
-		write_file(SPIN_US, spin_us[i]);
-		expect_overlap(gate);
-	}
+	expect_overlap(gate);
 }
 
 /* Fail if a send that needs a refresh waits for an invalidation. */
@@ -907,11 +898,12 @@ TEST_F(gate, overflow)
 }
 
 /*
- * With pfncache_spin_us set, a waiter sleeps and is woken; without, it spins until the
- * parameter is set.
+ * A refresh that waits for long sleeps, and is woken.  In the second round, it has a
+ * real-time policy, and shares its CPU with the thread that it waits for.
  */
 TEST_F(gate, sleep)
 {
+	struct sched_param param = { .sched_priority = 1 };
 	int gate = open_gate();
 	uint64_t sleeps;
 	int i;
@@ -920,23 +912,24 @@ TEST_F(gate, sleep)
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
 
-	for (i = 0; i < 3; i++) {
-		write_file(SPIN_US, i ? "0" : "1");
+	for (i = 0; i < 2; i++) {
+		if (i) {
+			pin_task(threads[0].tid, 0);
+			pin_task(threads[1].tid, 0);
+			TEST_ASSERT(!sched_setscheduler(threads[0].tid, SCHED_FIFO, &param),
+				    "sched_setscheduler(): %s", strerror(errno));
+		}
 		sleeps = vm_get_stat(vm, "pfncache_sleep");
 		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
 		start_dropper(&threads[1], SHINFO_PAGE, 1);
 		wait_gate(gate, 1);
 		start_waiter(&threads[0], sender_fn);
-		if (i == 2)
-			write_file(SPIN_US, "1");
-		if (i != 1)
-			wait_for(is_asleep(&threads[0]));
+		wait_for(is_asleep(&threads[0]));
 		open_for_all(gate);
 		join(&threads[0]);
 		join(&threads[1]);
 		sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
-		TEST_ASSERT(sleeps == (i != 1), "round %d: expected %d sleeps, got %lu", i,
-			    i != 1, sleeps);
+		TEST_ASSERT(sleeps == 1, "round %d: expected 1 sleep, got %lu", i, sleeps);
 	}
 }
 
@@ -955,7 +948,6 @@ TEST_F(gate, contended)
 	create_vm(NR_PAGES);
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
-	write_file(SPIN_US, "1");
 
 	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
 	start_dropper(&threads[0], SHINFO_PAGE, 1);
@@ -1309,6 +1301,34 @@ TEST_F(pfncache, dirty_log)
 	}
 }
 
+/*
+ * After a change of another memslot, KVM looks up the address of the page again, but
+ * does not map the page again, unless the host moves the page at this moment.
+ */
+TEST_F(gate, other_slot)
+{
+	uint64_t refreshes;
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+
+	for (i = 0; i < 10; i++) {
+		expect_send(1, 0);
+		refreshes = vm_get_stat(vm, "pfncache_refresh");
+		vm_set_user_memory_region(vm, SLOT + 1, 0, BASE_GPA + SZ_1G,
+					  i % 2 ? 0 : page_size, page(SHINFO_PAGE + 1));
+		expect_send(2, 0);
+		refreshes = vm_get_stat(vm, "pfncache_refresh") - refreshes;
+		if (!refreshes)
+			break;
+	}
+	TEST_ASSERT(!refreshes, "pfncache_refresh: expected 0 more in one of %u rounds, got %lu",
+		    i, refreshes);
+	TEST_ASSERT(shinfo_pending() == 0x6, "expected 0x6 pending, got %#lx",
+		    shinfo_pending());
+}
+
 /* A structure that would cross a page boundary is refused and not written. */
 TEST_F(pfncache, page_crossing)
 {
@@ -1594,6 +1614,82 @@ static void perf_refresh(void)
 		printf("perf: refresh_storm_retries count %lu\n", retries);
 }
 
+/* System calls that invalidate the page */
+static void wait_dontneed(void)
+{
+	drop(SHINFO_PAGE, page_size);
+}
+
+static void wait_big(void)
+{
+	memset(mem, 0, big_mib << 20);
+	madvise(mem, big_mib << 20, MADV_DONTNEED);
+}
+
+static void wait_mprotect(void)
+{
+	mprotect(page(SHINFO_PAGE), page_size, PROT_READ);
+	mprotect(page(SHINFO_PAGE), page_size, PROT_READ | PROT_WRITE);
+}
+
+static void wait_fork(void)
+{
+	pid_t pid = start_process();
+
+	if (!pid)
+		_exit(0);
+	end_process(pid);
+}
+
+static void refresh_fn(struct thread *t)
+{
+	/* Fails while the page is read-only. */
+	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST))
+		send_event(3);
+}
+
+/*
+ * How long refreshes wait for invalidations by several system calls, on average, and how
+ * many of the waits sleep.
+ */
+static void perf_waits(void)
+{
+	static const struct {
+		const char *name;
+		void (*fn)(void);
+		unsigned int rounds;
+	} ops[] = {
+		{ "dontneed", wait_dontneed, 20000 },
+		{ "mprotect", wait_mprotect, 20000 },
+		{ "fork", wait_fork, 200 },
+		{ "big", wait_big, 20 },
+	};
+	uint64_t waits, sleeps, ns;
+	unsigned int i, round;
+
+	__TEST_REQUIRE(has_gate, "needs statistics");
+	create_vm((big_mib << 20) / page_size);
+	set_shinfo(SHINFO_PAGE);
+
+	for (i = 0; i < ARRAY_SIZE(ops); i++) {
+		waits = vm_get_stat(vm, "pfncache_wait");
+		sleeps = vm_get_stat(vm, "pfncache_sleep");
+		ns = vm_get_stat(vm, "pfncache_wait_ns");
+		sh->stop = false;
+		start(&threads[0], refresh_fn);
+		for (round = 0; round < ops[i].rounds; round++)
+			ops[i].fn();
+		__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+		join(&threads[0]);
+		waits = vm_get_stat(vm, "pfncache_wait") - waits;
+		sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
+		ns = vm_get_stat(vm, "pfncache_wait_ns") - ns;
+		printf("perf: wait_%s ns %lu\n", ops[i].name, waits ? ns / waits : 0);
+		printf("perf: wait_%s_waits count %lu\n", ops[i].name, waits);
+		printf("perf: wait_%s_sleeps count %lu\n", ops[i].name, sleeps);
+	}
+}
+
 static void measure(const char *what)
 {
 	set_up();
@@ -1601,6 +1697,8 @@ static void measure(const char *what)
 		perf_hooks();
 	else if (!strcmp(what, "refresh"))
 		perf_refresh();
+	else if (!strcmp(what, "waits"))
+		perf_waits();
 	else
 		TEST_FAIL("no such measurement: %s", what);
 	tear_down();
@@ -1611,7 +1709,7 @@ static void usage(const char *name)
 	printf("Usage: %s [-h] [-m MiB] [-n rounds] [case...]\n"
 	       "       %s -p measurement\n"
 	       " -m: size of the range of case large_range (default: %lu)\n"
-	       " -p: measure: hooks (under icount, with one CPU) or refresh (with two CPUs)\n"
+	       " -p: measure: hooks (under icount, with one CPU), refresh or waits (with two CPUs)\n"
 	       " -n: rounds of the cases neighbours and remap (default: %u)\n",
 	       name, name, big_mib, nr_rounds);
 	exit(KSFT_FAIL);
@@ -1642,8 +1740,6 @@ int main(int argc, char *argv[])
 
 	page_size = getpagesize();
 	has_gate = !access("/dev/test_mmu_gate", R_OK | W_OK);
-	if (has_gate)
-		read_text(SPIN_US, spin_us, sizeof(spin_us));
 
 	if (measurement) {
 		measure(measurement);
