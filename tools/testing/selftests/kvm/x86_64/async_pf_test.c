@@ -451,12 +451,28 @@ static bool disable(pthread_t *thread)
 	return !pthread_timedjoin_np(*thread, NULL, &limit);
 }
 
+/* The guest must be told that all pages are present, before it has read the page three times. */
+static void expect_token_all(void)
+{
+	uint64_t value;
+	int i;
+
+	activated = false;
+	sync_global_to_guest(vm, activated);
+	for (i = 0; i < 3; i++) {
+		value = run_until(PAGE_READ);
+		TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE,
+			    value);
+	}
+	sync_global_from_guest(vm, activated);
+	TEST_ASSERT(activated, "expected an interrupt with token %#x", TOKEN_ALL);
+}
+
 static void test_disable(bool by_guest)
 {
-	uint64_t token, value, enabled = vcpu_get_msr(vcpu, MSR_KVM_ASYNC_PF_EN);
+	uint64_t token, enabled = vcpu_get_msr(vcpu, MSR_KVM_ASYNC_PF_EN);
 	pthread_t thread;
 	bool disabled;
-	int i;
 
 	begin("disable: wait for #PF");
 	drop_page();
@@ -486,16 +502,8 @@ static void test_disable(bool by_guest)
 	/* There is no interrupt for the page, which would end the guest's wait. */
 	begin("disable: wait for the guest");
 	ready_token = token;
-	activated = false;
 	sync_global_to_guest(vm, ready_token);
-	sync_global_to_guest(vm, activated);
-	for (i = 0; i < 3; i++) {
-		value = run_until(PAGE_READ);
-		TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE,
-			    value);
-	}
-	sync_global_from_guest(vm, activated);
-	TEST_ASSERT(activated, "expected an interrupt with token %#x", TOKEN_ALL);
+	expect_token_all();
 }
 
 static void ignore_signal(int sig)
@@ -557,28 +565,27 @@ static void test_halted(void)
 
 static void test_enable(void)
 {
-	uint64_t value;
-	int i;
+	uint64_t enabled = addr_gva2gpa(vm, (vm_vaddr_t)&apf) | KVM_ASYNC_PF_ENABLED |
+			   KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT;
 
 	/* The guest is not told about this page. */
 	begin("enable: wait for KVM's worker");
 	let_kvm_halt_vcpu();
 	provide_page();
 	give_time();
-	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN,
-		     addr_gva2gpa(vm, (vm_vaddr_t)&apf) | KVM_ASYNC_PF_ENABLED |
-		     KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT);
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, enabled);
 
 	begin("enable: wait for the guest");
-	activated = false;
-	sync_global_to_guest(vm, activated);
-	for (i = 0; i < 3; i++) {
-		value = run_until(PAGE_READ);
-		TEST_ASSERT(value == DATA_VALUE, "expected value %#llx, got %#lx", DATA_VALUE,
-			    value);
-	}
-	sync_global_from_guest(vm, activated);
-	TEST_ASSERT(activated, "expected an interrupt with token %#x", TOKEN_ALL);
+	expect_token_all();
+
+	/* Another token is in the way, until the feature is enabled again. */
+	host_apf->token = 1;
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, enabled);
+	run_until(PAGE_READ);
+	host_apf->token = 0;
+	vcpu_set_msr(vcpu, MSR_KVM_ASYNC_PF_EN, enabled);
+	begin("enable: wait for the guest again");
+	expect_token_all();
 }
 
 static void test_limit(void)

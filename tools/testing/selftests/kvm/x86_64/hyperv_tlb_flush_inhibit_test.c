@@ -290,7 +290,6 @@ static void *runner_thread(void *arg)
 {
 	struct runner *r = arg;
 	struct kvm_run *run = r->vcpu->run;
-	struct ucall uc;
 
 	__atomic_store_n(&r->tid, syscall(__NR_gettid), __ATOMIC_RELEASE);
 
@@ -301,19 +300,8 @@ static void *runner_thread(void *arg)
 		    "vCPU %u: ret %d errno %d exit reason %s, expected I/O, debug or a signal",
 		    r->vcpu->id, r->ret, r->err, exit_reason_str(run->exit_reason));
 
-	if (!r->ret && run->exit_reason == KVM_EXIT_IO && run->io.port != STUB_PORT) {
-		switch (get_ucall(r->vcpu, &uc)) {
-		case UCALL_SYNC:
-			r->sync = uc.args[1];
-			break;
-		case UCALL_ABORT:
-			REPORT_GUEST_ASSERT_1(uc, "value: %#lx");
-			break;
-		default:
-			TEST_FAIL("vCPU %u: unexpected ucall %lu",
-				  r->vcpu->id, uc.cmd);
-		}
-	}
+	if (!r->ret && run->exit_reason == KVM_EXIT_IO && run->io.port != STUB_PORT)
+		r->sync = vcpu_get_sync(r->vcpu);
 
 	__atomic_store_n(&r->done, true, __ATOMIC_RELEASE);
 	return NULL;

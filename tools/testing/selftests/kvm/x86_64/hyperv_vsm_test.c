@@ -828,21 +828,6 @@ static void vmm_hypercall(struct vsm *v, struct kvm_hyperv_exit *hv)
 	}
 }
 
-static void check_sync(struct kvm_vcpu *vcpu)
-{
-	struct ucall uc;
-
-	switch (get_ucall(vcpu, &uc)) {
-	case UCALL_SYNC:
-		break;
-	case UCALL_ABORT:
-		REPORT_GUEST_ASSERT_2(uc, "values: %#lx, %#lx");
-		break;
-	default:
-		TEST_FAIL("unexpected exit reason %u, ucall %lu", vcpu->run->exit_reason, uc.cmd);
-	}
-}
-
 /* Run VP 0 until its next GUEST_SYNC(), which must be in @vtl. */
 static void run_vp0(struct vsm *v, int vtl)
 {
@@ -855,7 +840,7 @@ static void run_vp0(struct vsm *v, int vtl)
 			break;
 		vmm_hypercall(v, &vcpu->run->hyperv);
 	}
-	check_sync(vcpu);
+	vcpu_get_sync(vcpu);
 	TEST_ASSERT(v->vtl == vtl, "VP 0 is in VTL%d, expected VTL%d", v->vtl, vtl);
 }
 
@@ -877,7 +862,7 @@ static void *vp1_thread(void *arg)
 	v->ret = __vcpu_run(v->vp1);
 	v->err = errno;
 	if (!v->ret)
-		check_sync(v->vp1);
+		vcpu_get_sync(v->vp1);
 	return NULL;
 }
 

@@ -1615,24 +1615,24 @@ static void perf_refresh(void)
 }
 
 /* System calls that invalidate the page */
-static void wait_dontneed(void)
+static void invalidate_by_dontneed(void)
 {
 	drop(SHINFO_PAGE, page_size);
 }
 
-static void wait_big(void)
+static void invalidate_by_big(void)
 {
 	memset(mem, 0, big_mib << 20);
 	madvise(mem, big_mib << 20, MADV_DONTNEED);
 }
 
-static void wait_mprotect(void)
+static void invalidate_by_mprotect(void)
 {
 	mprotect(page(SHINFO_PAGE), page_size, PROT_READ);
 	mprotect(page(SHINFO_PAGE), page_size, PROT_READ | PROT_WRITE);
 }
 
-static void wait_fork(void)
+static void invalidate_by_fork(void)
 {
 	pid_t pid = start_process();
 
@@ -1659,10 +1659,10 @@ static void perf_waits(void)
 		void (*fn)(void);
 		unsigned int rounds;
 	} ops[] = {
-		{ "dontneed", wait_dontneed, 20000 },
-		{ "mprotect", wait_mprotect, 20000 },
-		{ "fork", wait_fork, 200 },
-		{ "big", wait_big, 20 },
+		{ "dontneed", invalidate_by_dontneed, 20000 },
+		{ "mprotect", invalidate_by_mprotect, 20000 },
+		{ "fork", invalidate_by_fork, 200 },
+		{ "big", invalidate_by_big, 20 },
 	};
 	uint64_t waits, sleeps, ns;
 	unsigned int i, round;

@@ -92,20 +92,6 @@ static void on_signal(int sig)
 {
 }
 
-static void check_sync(struct kvm_vcpu *vcpu)
-{
-	struct ucall uc;
-
-	switch (get_ucall(vcpu, &uc)) {
-	case UCALL_SYNC:
-		break;
-	case UCALL_ABORT:
-		REPORT_GUEST_ASSERT(uc);
-	default:
-		TEST_FAIL("expected a sync, got ucall %lu", uc.cmd);
-	}
-}
-
 /* Run L2 until it leaves, or until a signal. */
 static void *run_l2(void *arg)
 {
@@ -115,7 +101,7 @@ static void *run_l2(void *arg)
 	WRITE_ONCE(stopped, ret == -1 && errno == EINTR);
 	if (!stopped) {
 		TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_RUN, ret));
-		check_sync(vcpus[0]);
+		vcpu_get_sync(vcpus[0]);
 	}
 	return NULL;
 }
@@ -214,8 +200,7 @@ TEST(hypercall)
 
 	start_l2();
 	begin = nr_flushes();
-	vcpu_run(vcpus[1]);
-	check_sync(vcpus[1]);
+	vcpu_run_to_sync(vcpus[1]);
 	check_flush_at_exit(begin);
 
 	kvm_vm_free(vm);
