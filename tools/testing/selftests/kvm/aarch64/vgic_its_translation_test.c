@@ -20,10 +20,12 @@
 #include <linux/kvm.h>
 #include <linux/sizes.h>
 #include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/mount.h>
 #include <sys/stat.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #include "kvm_test_harness.h"
@@ -31,6 +33,7 @@
 #include "processor.h"
 #include "gic.h"
 #include "gic_v3_its.h"
+#include "uffd.h"
 #include "vgic.h"
 
 #define NR_VCPUS	2
@@ -353,6 +356,11 @@ static void guest_map_other_its(void)
 	its_send_mapti(&its[1], DEV_A, 0, 0, LPI_OTHER_ITS);
 }
 
+static void guest_disable_other_its(void)
+{
+	its_disable(&its[1]);
+}
+
 static void guest_int(void)
 {
 	its_send_int(&its[0], DEV_A, 0);
@@ -565,28 +573,40 @@ static const uint64_t saved_regs[] = {
 	GITS_BASER_DEVICE, GITS_BASER_COLLECTION,
 };
 
-static void host_save_restore(void)
+/* Reset the ITS, and restore its registers and tables.  Returns 0 or -errno. */
+static int host_restore(void)
 {
 	uint64_t regs[ARRAY_SIZE(saved_regs)], ctlr;
-	int i;
+	int i, ret;
 
 	for (i = 0; i < ARRAY_SIZE(saved_regs); i++)
 		kvm_device_attr_get(its[0].fd, KVM_DEV_ARM_VGIC_GRP_ITS_REGS,
 				    saved_regs[i], &regs[i]);
 	kvm_device_attr_get(its[0].fd, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, GITS_CTLR,
 			    &ctlr);
-	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
-			    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
 
 	host_reset();
 
 	for (i = 0; i < ARRAY_SIZE(saved_regs); i++)
 		kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_ITS_REGS,
 				    saved_regs[i], &regs[i]);
-	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
-			    KVM_DEV_ARM_ITS_RESTORE_TABLES, NULL);
+	ret = __kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+				    KVM_DEV_ARM_ITS_RESTORE_TABLES, NULL);
+	if (ret)
+		ret = -errno;
 	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, GITS_CTLR,
 			    &ctlr);
+	return ret;
+}
+
+static void host_save_restore(void)
+{
+	int ret;
+
+	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_ITS_SAVE_TABLES, NULL);
+	ret = host_restore();
+	TEST_ASSERT(!ret, "Restore: expected 0, got %d", ret);
 }
 
 static void check_restore_fails(void)
@@ -1584,11 +1604,6 @@ static void check_injected(const char *what, uint64_t hits, uint64_t misses,
 {
 	uint64_t stat;
 
-	/* An MSI that is handed to the workqueue is counted when the work runs. */
-	__wait_for((stat = vm_get_stat(vm, "lpi_translation_misses")) >= misses,
-		   "%s: expected lpi_translation_misses to be %lu, got %lu after %d s",
-		   what, misses, stat, WAIT_LIMIT_SECS);
-
 	stat = vcpu_get_stat(vcpus[0], "lpi_translation_hits");
 	TEST_ASSERT(stat == hits,
 		    "%s: expected lpi_translation_hits to be %lu, got %lu", what,
@@ -1611,8 +1626,8 @@ static void create_irqfds(int fds[2])
 }
 
 /*
- * The first MSI of an event via irqfd is injected in atomic context, before
- * write() returns.  It counts as a hit, and there is no fallback to the workqueue.
+ * An MSI via irqfd is injected or refused in atomic context, before write() returns,
+ * also if it is the first one of its event.  There is no fallback to the workqueue.
  */
 TEST(irqfd)
 {
@@ -1627,23 +1642,23 @@ TEST(irqfd)
 	check_delivered("first MSI via irqfd", LPI_A0, 0);
 
 	write_eventfd(fds[1]);
-	check_injected("unmapped event via irqfd", 1, 1, 1);
+	check_injected("unmapped event via irqfd", 1, 1, 0);
 	check_delivered("unmapped event via irqfd", 0, 0);
 
 	run_vcpu(vcpus[1], guest_discard);
 	run_vcpu(vcpus[1], guest_mapti_a0);
 	write_eventfd(fds[0]);
-	check_injected("first MSI via irqfd after DISCARD, MAPTI", 2, 1, 1);
+	check_injected("first MSI via irqfd after DISCARD, MAPTI", 2, 1, 0);
 	check_delivered("first MSI via irqfd after DISCARD, MAPTI", LPI_A0, 0);
 
 	host_save_restore();
 	write_eventfd(fds[0]);
-	check_injected("first MSI via irqfd after a restore", 3, 1, 1);
+	check_injected("first MSI via irqfd after a restore", 3, 1, 0);
 	check_delivered("first MSI via irqfd after a restore", LPI_A0, 0);
 
 	run_vcpu(vcpus[1], guest_its_disable);
 	write_eventfd(fds[0]);
-	check_injected("ITS disabled", 3, 2, 2);
+	check_injected("ITS disabled", 3, 2, 0);
 	check_delivered("ITS disabled", 0, 0);
 
 	close(fds[0]);
@@ -2407,6 +2422,545 @@ TEST(irq_line_lpi)
 	check_delivered("KVM_IRQ_LINE with the INTID of an LPI", 0, 0);
 
 	destroy_vm();
+}
+
+/* A trace of the MSIs that this task raises and KVM refuses, apart from other traces */
+static char trace_dir[64];
+
+static void trace_path(char *path, size_t size, const char *file)
+{
+	snprintf(path, size, "%s/%s", trace_dir, file);
+}
+
+static void trace_start(void)
+{
+	char path[128], pid[16];
+
+	snprintf(trace_dir, sizeof(trace_dir),
+		 "/sys/kernel/debug/tracing/instances/vgic_its_%d", getpid());
+	__TEST_REQUIRE(!mkdir(trace_dir, 0700), "needs tracefs, errno: %d", errno);
+	snprintf(pid, sizeof(pid), "%d", getpid());
+	trace_path(path, sizeof(path), "set_event_pid");
+	TEST_ASSERT(write_file(path, pid), "Failed to write %s", path);
+	trace_path(path, sizeof(path), "events/kvm/vgic_its_refuse_msi/enable");
+	TEST_ASSERT(write_file(path, "1"), "Failed to write %s", path);
+}
+
+static void trace_end(void)
+{
+	TEST_ASSERT(!rmdir(trace_dir), "Failed to remove %s, errno: %d", trace_dir, errno);
+}
+
+/* Check that the trace has one event, which ends in @expected, and clear it. */
+static void check_trace(const char *what, const char *expected)
+{
+	char path[128], line[512], last[512] = "";
+	int nr = 0;
+	char *event;
+	FILE *f;
+
+	trace_path(path, sizeof(path), "trace");
+	f = fopen(path, "r");
+	TEST_ASSERT(f, "Failed to open %s, errno: %d", path, errno);
+	while (fgets(line, sizeof(line), f)) {
+		if (*line == '#')
+			continue;
+		line[strcspn(line, "\n")] = 0;
+		strcpy(last, line);
+		nr++;
+	}
+	fclose(f);
+
+	event = strstr(last, "vgic_its_refuse_msi: ");
+	event = event ? event + strlen("vgic_its_refuse_msi: ") : last;
+	TEST_ASSERT(nr == 1 && !strcmp(event, expected),
+		    "%s: expected one event \"%s\", got %d, the last one is \"%s\"", what,
+		    expected, nr, event);
+
+	f = fopen(path, "w");
+	TEST_ASSERT(f, "Failed to clear %s, errno: %d", path, errno);
+	fclose(f);
+}
+
+struct refused {
+	const char *name;
+	uint64_t doorbell;
+	uint32_t flags;
+	uint32_t device_id;
+	uint32_t event_id;
+	int ret;
+	const char *reason;
+};
+
+/* Raise an MSI by KVM_SIGNAL_MSI, and then via an irqfd. */
+static void check_refused(const struct refused *msi)
+{
+	uint64_t misses = vm_get_stat(vm, "lpi_translation_misses");
+	struct kvm_irq_routing *routing = kvm_gsi_routing_create();
+	char expected[256];
+	int ret, fd;
+
+	snprintf(expected, sizeof(expected),
+		 "userspace_pid: %d, doorbell: %#lx, DeviceID: %u, EventID: %u, reason: %s",
+		 getpid(), msi->doorbell, msi->device_id, msi->event_id, msi->reason);
+
+	ret = __kvm_signal_msi(vm, msi->doorbell, msi->flags, msi->device_id,
+			       msi->event_id);
+	TEST_ASSERT(ret == msi->ret, "%s: expected KVM_SIGNAL_MSI to return %d, got %d",
+		    msi->name, msi->ret, ret);
+	check_trace(msi->name, expected);
+	check_vm_stat(msi->name, "lpi_translation_misses", misses + 1);
+
+	kvm_gsi_routing_msi_add(routing, 0, msi->doorbell, msi->device_id,
+				msi->event_id);
+	routing->entries[0].flags = msi->flags;
+	kvm_gsi_routing_write(vm, routing);
+	fd = kvm_irqfd_create(vm, 0);
+	write_eventfd(fd);
+	/* The statistics and the trace show it at once: no worker is involved. */
+	check_vm_stat(msi->name, "lpi_inatomic_fallbacks", 0);
+	check_vm_stat(msi->name, "lpi_translation_misses", misses + 2);
+	check_trace(msi->name, expected);
+	close(fd);
+}
+
+/* MSIs are refused with the right error, counted and traced, also via irqfd. */
+TEST(refused)
+{
+	static const struct refused msis[] = {
+		{ "unmapped device", DB0, DEVID, 5, 0, 0, "unmapped event" },
+		{ "unmapped event", DB0, DEVID, DEV_A, 5, 0, "unmapped event" },
+		{ "largest IDs", DB0, DEVID, UINT32_MAX, UINT32_MAX, 0, "unmapped event" },
+		{ "no KVM_MSI_VALID_DEVID", DB0, 0, DEV_A, 0, -EINVAL, "no DeviceID" },
+		{ "next to GITS_TRANSLATER", DB0 + 4, DEVID, DEV_A, 0, -EINVAL,
+		  "no doorbell" },
+		{ "disabled ITS", DB0 + ITS_FRAME_SIZE, DEVID, DEV_A, 0, -EBUSY,
+		  "ITS disabled" },
+	};
+	static const struct refused collection = {
+		"unmapped collection", DB0, DEVID, DEV_A, 0, 0, "unmapped collection",
+	}, disabled = {
+		"EnableLPIs cleared", DB0, DEVID, DEV_B, 0, -EBUSY, "LPIs disabled",
+	};
+	char expected[256];
+	uint64_t misses;
+	int i;
+
+	create_vm();
+	trace_start();
+	run_vcpu(vcpus[1], guest_disable_other_its);
+	for (i = 0; i < ARRAY_SIZE(msis); i++)
+		check_refused(&msis[i]);
+
+	run_vcpu(vcpus[1], guest_mapti_unmapped_collection);
+	check_refused(&collection);
+	run_vcpu(vcpus[1], guest_lpis_disable);
+	check_refused(&disabled);
+	check_delivered("refused MSIs", 0, 0);
+
+	/* An INT command is counted like an MSI. */
+	misses = vm_get_stat(vm, "lpi_translation_misses");
+	run_vcpu(vcpus[1], guest_int);
+	snprintf(expected, sizeof(expected),
+		 "userspace_pid: %d, doorbell: %#llx, DeviceID: %u, EventID: %u, reason: %s",
+		 getpid(), DB0, DEV_A, 0, "unmapped collection");
+	check_trace("INT", expected);
+	check_vm_stat("INT", "lpi_translation_misses", misses + 1);
+
+	destroy_vm();
+	trace_end();
+}
+
+TEST(refused_no_its)
+{
+	static const struct refused msi = {
+		"no ITS", DB0, DEVID, DEV_A, 0, -ENODEV, "no ITS",
+	};
+
+	vm = vm_create_with_vcpus(NR_VCPUS, guest_code, vcpus);
+	gic_fd = vgic_v3_setup(vm, NR_VCPUS, 64, GICD_BASE_GPA, GICR_BASE_GPA);
+	__TEST_REQUIRE(gic_fd >= 0, "GICv3 is not available");
+
+	trace_start();
+	check_refused(&msi);
+	trace_end();
+
+	close(gic_fd);
+	kvm_vm_free(vm);
+}
+
+static void *run_vcpu_thread(void *vcpu)
+{
+	vcpu_run_to_sync(vcpu);
+	return NULL;
+}
+
+/* An LPI whose configuration is in a page of its own */
+#define LPI_PAGE	(LPI_BASE + 0x4000)
+
+static void guest_mapti_page(void)
+{
+	its_send_mapti(&its[0], DEV_A, MANY_EVENT, 0, LPI_PAGE);
+}
+
+/*
+ * MAPTI reads the configuration of the LPI, and holds the its_lock meanwhile.  MSIs are
+ * delivered and refused while MAPTI waits for the page.
+ */
+TEST(its_lock_held)
+{
+	const struct result page = DELIVERED(LPI_PAGE, 0);
+	size_t size = getpagesize();
+	int fds[2], uffd, ret;
+	void *hva, *config;
+	pthread_t thread;
+
+	create_vm();
+	create_irqfds(fds);
+
+	hva = addr_gpa2hva(vm, tables.config + LPI_PAGE - LPI_BASE);
+	config = malloc(size);
+	TEST_ASSERT(config, "malloc() failed");
+	memcpy(config, hva, size);
+	TEST_ASSERT(!madvise(hva, size, MADV_DONTNEED), "madvise() failed, errno: %d",
+		    errno);
+	uffd = uffd_register(hva, size, 0);
+
+	set_command(guest_mapti_page);
+	thread = start_thread(run_vcpu_thread, vcpus[1]);
+	uffd_wait_for_fault(uffd);
+
+	ret = signal_msi(doorbell(&its[0]), DEV_A, 0);
+	TEST_ASSERT(ret == 1, "Mapped event: expected KVM_SIGNAL_MSI to return 1, got %d",
+		    ret);
+	ret = signal_msi(doorbell(&its[0]), DEV_A, 5);
+	TEST_ASSERT(ret == 0, "Unmapped event: expected KVM_SIGNAL_MSI to return 0, got %d",
+		    ret);
+	ret = signal_msi(doorbell(&its[0]), DEV_A, MANY_EVENT);
+	TEST_ASSERT(ret == 0,
+		    "Event of the MAPTI: expected KVM_SIGNAL_MSI to return 0, got %d", ret);
+	write_eventfd(fds[0]);
+	check_injected("mapped event via irqfd", 2, 2, 0);
+	write_eventfd(fds[1]);
+	check_injected("unmapped event via irqfd", 2, 3, 0);
+	run_vcpu(vcpus[0], NULL);
+	check_taken("its_lock held", LPI_A0, 0);
+
+	uffd_provide(uffd, hva, config, size);
+	join_thread(thread, "MAPTI");
+	check_msi("after MAPTI", doorbell(&its[0]), DEV_A, MANY_EVENT, &page);
+
+	close(uffd);
+	close(fds[0]);
+	close(fds[1]);
+	destroy_vm();
+	free(config);
+}
+
+/* Entries of the tables in guest memory, see arm-vgic-its.rst */
+#define TABLE_VALID		BIT_ULL(63)
+#define DTE(next, itt, bits)	(TABLE_VALID | (uint64_t)(next) << 49 |		\
+				 (itt) >> 8 << 5 | ((bits) - 1))
+#define ITE(next, intid, icid)	((uint64_t)(next) << 48 | (uint64_t)(intid) << 16 | (icid))
+#define CTE(target, icid)	(TABLE_VALID | (uint64_t)(target) << 16 | (icid))
+
+#define MAX_EVENTS		65536
+#define SHARED_BITS		12
+#define SHARED_EVENTS		(1 << SHARED_BITS)
+#define MAX_COLLECTIONS		(ITS_COLLECTION_TABLE_SIZE / 8)
+
+/*
+ * Restore devices that share an interrupt translation table.  All their events map LPI_A0
+ * with collection 0.  All collections target vCPU 0.
+ */
+static int restore_shared(uint32_t nr_devices, uint32_t event_bits, uint32_t nr_events,
+			  uint32_t nr_collections)
+{
+	uint64_t *dte = addr_gpa2hva(vm, its[0].device_table);
+	uint64_t *ite = addr_gpa2hva(vm, itt(0));
+	uint64_t *cte = addr_gpa2hva(vm, its[0].collection_table);
+	uint32_t i;
+
+	for (i = 0; i < nr_devices; i++)
+		dte[i] = DTE(i + 1 < nr_devices, itt(0), event_bits);
+	for (i = 0; i < nr_events; i++)
+		ite[i] = ITE(i + 1 < nr_events, LPI_A0, 0);
+	for (i = 0; i < nr_collections; i++)
+		cte[i] = CTE(0, i);
+	if (nr_collections < MAX_COLLECTIONS)
+		cte[nr_collections] = 0;
+	return host_restore();
+}
+
+static void check_restore_shared(uint32_t nr_devices, uint32_t event_bits,
+				 uint32_t nr_events, uint32_t nr_collections, int expected)
+{
+	int ret = restore_shared(nr_devices, event_bits, nr_events, nr_collections);
+
+	TEST_ASSERT(ret == expected, "Restore of %u events: expected %d, got %d",
+		    nr_devices * nr_events, expected, ret);
+}
+
+#define NEW_DEVICE		0x8000
+
+static void guest_mapti_beyond(void)
+{
+	its_send_mapd(&its[0], NEW_DEVICE, itt(8), EVENT_BITS, true);
+	its_send_mapti(&its[0], NEW_DEVICE, 0, ICID_UNUSED, LPI_NEW);
+	its_send_mapti(&its[0], NEW_DEVICE, 0, 0, LPI_NEW);
+}
+
+static void guest_discard_mapti_beyond(void)
+{
+	its_send_discard(&its[0], 0, 0);
+	its_send_mapti(&its[0], NEW_DEVICE, 0, 0, LPI_NEW);
+	its_send_mapti(&its[0], NEW_DEVICE, 1, 0, LPI_NEW + 2);
+}
+
+static long slab_kib(void)
+{
+	char line[128];
+	long kib = -1;
+	FILE *f;
+
+	f = fopen("/proc/meminfo", "r");
+	TEST_ASSERT(f, "Failed to open /proc/meminfo, errno: %d", errno);
+	while (fgets(line, sizeof(line), f) && sscanf(line, "Slab: %ld", &kib) != 1)
+		;
+	fclose(f);
+	TEST_ASSERT(kib >= 0, "No Slab in /proc/meminfo");
+	return kib;
+}
+
+/* An ITS maps MAX_EVENTS events, and not one more. */
+TEST(event_bound)
+{
+	const struct result a0 = A0, unmapped = UNMAPPED, new = DELIVERED(LPI_NEW, 0);
+	const struct result other = DELIVERED(LPI_OTHER_ITS, 1);
+	const uint32_t nr_devices = MAX_EVENTS / SHARED_EVENTS;
+	long before;
+
+	create_vm();
+
+	check_restore_shared(nr_devices + 1, SHARED_BITS, SHARED_EVENTS, 1, -ENOSPC);
+	check_vm_stat("too many events", "lpis", 0);
+	check_msi("too many events", doorbell(&its[0]), 0, 0, &unmapped);
+
+	check_restore_shared(nr_devices, SHARED_BITS, SHARED_EVENTS, 1, 0);
+	check_vm_stat("as many events as possible", "lpis", 1);
+	check_msi("as many events as possible", doorbell(&its[0]), nr_devices - 1,
+		  SHARED_EVENTS - 1, &a0);
+
+	run_vcpu(vcpus[1], guest_mapti_beyond);
+	check_msi("one more event", doorbell(&its[0]), NEW_DEVICE, 0, &unmapped);
+	run_vcpu(vcpus[1], guest_map_other_its);
+	check_msi("an event of the other ITS", doorbell(&its[1]), DEV_A, 0, &other);
+
+	run_vcpu(vcpus[1], guest_discard_mapti_beyond);
+	check_msi("DISCARD", doorbell(&its[0]), 0, 0, &unmapped);
+	check_msi("one more event after DISCARD", doorbell(&its[0]), NEW_DEVICE, 0, &new);
+	check_msi("two more events after DISCARD", doorbell(&its[0]), NEW_DEVICE, 1,
+		  &unmapped);
+
+	/* Each event needs nodes of its own in the xarray: the most memory per event. */
+	check_restore_shared(1, 1, 1, 1, 0);
+	before = slab_kib();
+	check_restore_shared(MAX_EVENTS, 1, 1, 1, 0);
+	check_msi("last device", doorbell(&its[0]), MAX_EVENTS - 1, 0, &a0);
+	pr_info("%u devices with one event each take %ld KiB\n", MAX_EVENTS,
+		slab_kib() - before);
+
+	destroy_vm();
+}
+
+static void guest_mapc_again(void)
+{
+	its_send_mapc(&its[0], 1, 0, true);
+}
+
+/* The time of a command that walks all events, of which there are MAX_EVENTS */
+static uint64_t walk_ns(void)
+{
+	uint64_t start = now_ns();
+
+	run_vcpu(vcpus[1], guest_mapc_again);
+	return now_ns() - start;
+}
+
+/* Unmapping all collections takes one walk of the events, not one for each of them. */
+TEST(no_collections)
+{
+	uint64_t walk, start, ns;
+
+	create_vm();
+	check_restore_shared(MAX_EVENTS / SHARED_EVENTS, SHARED_BITS, SHARED_EVENTS,
+			     MAX_COLLECTIONS, 0);
+	walk = walk_ns();
+
+	start = now_ns();
+	run_vcpu(vcpus[1], guest_clear_collection_baser);
+	ns = now_ns() - start;
+	TEST_ASSERT(ns < 100 * walk,
+		    "Unmapping %u collections of %u events: expected less than %lu us, got %lu us",
+		    MAX_COLLECTIONS, MAX_EVENTS, 100 * walk / 1000, ns / 1000);
+	check_msi("no collections", doorbell(&its[0]), 0, 0, &(struct result)UNMAPPED);
+
+	destroy_vm();
+}
+
+/* vCPU 1 executes a full queue of commands.  vCPU 0 waits until one is complete. */
+static void guest_full_cmdq(void)
+{
+	uint64_t first = readq((void *)(its[0].base + GITS_CREADR));
+
+	if (guest_get_vcpuid() == 1) {
+		guest_rerun_cmdq();
+		return;
+	}
+	while (readq((void *)(its[0].base + GITS_CREADR)) == first)
+		cpu_relax();
+}
+
+/*
+ * Let a vCPU execute a full queue of commands that walk all events.  When the first one
+ * is complete, write to @fd how long one takes.
+ */
+static void run_commands(int fd)
+{
+	uint64_t *cmd, walk;
+	int i;
+
+	create_vm();
+	check_restore_shared(MAX_EVENTS / SHARED_EVENTS, SHARED_BITS, SHARED_EVENTS, 2, 0);
+	walk = walk_ns();
+
+	/* walk_ns() has put this command into the queue. */
+	cmd = addr_gpa2hva(vm, its[0].cmdq);
+	sync_global_from_guest(vm, its);
+	i = (its[0].cwriter / 32 + CMDQ_NR_COMMANDS - 1) % CMDQ_NR_COMMANDS;
+	memcpy(cmd, cmd + 4 * i, 32);
+	for (i = 1; i < CMDQ_NR_COMMANDS; i++)
+		memcpy(cmd + 4 * i, cmd, 32);
+
+	set_command(guest_full_cmdq);
+	start_thread(run_vcpu_thread, vcpus[1]);
+	vcpu_run_to_sync(vcpus[0]);
+	TEST_ASSERT(write(fd, &walk, sizeof(walk)) == sizeof(walk),
+		    "write() failed, errno: %d", errno);
+	pause();
+}
+
+/* A VMM that is killed does not process the rest of the queue. */
+TEST(killed)
+{
+	uint64_t walk, start, ns;
+	int fds[2], status;
+	pid_t pid;
+
+	TEST_ASSERT(!pipe(fds), "pipe() failed, errno: %d", errno);
+	pid = fork();
+	TEST_ASSERT(pid >= 0, "fork() failed, errno: %d", errno);
+	if (!pid) {
+		run_commands(fds[1]);
+		_exit(1);
+	}
+	close(fds[1]);
+	TEST_ASSERT(read(fds[0], &walk, sizeof(walk)) == sizeof(walk),
+		    "The vCPU did not execute a command");
+
+	start = now_ns();
+	kill(pid, SIGKILL);
+	TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid() failed, errno: %d", errno);
+	ns = now_ns() - start;
+	TEST_ASSERT(ns < walk * CMDQ_NR_COMMANDS / 2,
+		    "Killed with %u commands in the queue: expected less than %lu us, got %lu us",
+		    CMDQ_NR_COMMANDS, walk * CMDQ_NR_COMMANDS / 2000, ns / 1000);
+	close(fds[0]);
+}
+
+static int open_its_state(void)
+{
+	char path[128];
+
+	snprintf(path, sizeof(path), "/sys/kernel/debug/kvm/%d-%d/vgic-its-state@%llx",
+		 getpid(), vm->fd, ITS0);
+	return open(path, O_RDONLY);
+}
+
+/* Check that the file has @nr lines that start with @start, and end with @end. */
+static void check_its_state(const char *what, const char *start, const char *end, int nr)
+{
+	int fd = open_its_state(), found = 0;
+	char line[256];
+	size_t len;
+	FILE *f;
+
+	__TEST_REQUIRE(!access("/sys/kernel/debug/kvm", F_OK), "needs debugfs");
+	TEST_ASSERT(fd >= 0, "%s: expected to open vgic-its-state, got errno %d", what, errno);
+	f = fdopen(fd, "r");
+	while (fgets(line, sizeof(line), f)) {
+		len = strcspn(line, "\n");
+		line[len] = 0;
+		found += !strncmp(line, start, strlen(start)) && len >= strlen(end) &&
+			 !strcmp(line + len - strlen(end), end);
+	}
+	fclose(f);
+	TEST_ASSERT(found == nr, "%s: expected %d lines \"%s ... %s\", got %d", what, nr,
+		    start, end, found);
+}
+
+static void check_state_event(const char *what, uint32_t device_id, uint32_t event_id,
+			      uint32_t intid, const char *end, int nr)
+{
+	char start[64];
+
+	snprintf(start, sizeof(start), "%10u %10u %7u", device_id, event_id, intid);
+	check_its_state(what, start, end, nr);
+}
+
+/* The tables of an ITS in debugfs */
+TEST(debugfs_its)
+{
+	char buf[64];
+	int fd, ret;
+
+	create_vm();
+
+	check_its_state("mapped", "enabled 1 events 3", "", 1);
+	check_its_state("mapped", "         0      0", "", 1);
+	check_its_state("mapped", "         1      1", "", 1);
+	check_state_event("mapped", DEV_A, 0, LPI_A0, "          0      0 0 1 0", 1);
+	check_state_event("mapped", DEV_A, 1, LPI_A1, "          1      1 0 1 0", 1);
+	check_state_event("mapped", DEV_B, 0, LPI_B0, "          0      0 0 1 0", 1);
+
+	make_pending(doorbell(&its[0]), DEV_A);
+	check_state_event("pending", DEV_A, 0, LPI_A0, "          0      0 1 1 0", 1);
+	run_vcpu(vcpus[1], guest_discard_mapti_same);
+	run_vcpu(vcpus[1], guest_config_inv);
+	check_state_event("not enabled", DEV_A, 0, LPI_A0, "          1      1 0 0 0", 1);
+	run_vcpu(vcpus[1], guest_mapti_unmapped_collection);
+	check_state_event("no target", DEV_A, 0, LPI_NEW, "          7     -1 0 1 0", 1);
+	check_its_state("no target", "         7      -", "", 1);
+	run_vcpu(vcpus[1], guest_mapc_unmap);
+	check_state_event("MAPC V=0", DEV_B, 0, LPI_B0, "          -      0 0 1 0", 1);
+	run_vcpu(vcpus[1], guest_mapd_unmap);
+	check_its_state("MAPD V=0", "enabled 1 events 1", "", 1);
+
+	/* Larger than a page */
+	run_vcpu(vcpus[1], guest_config_inv_twice);
+	check_restore_shared(1, SHARED_BITS, SHARED_EVENTS, 1, 0);
+	check_its_state("many events", "         0 ", "          0      0 0 1 0",
+			SHARED_EVENTS);
+
+	/* The file goes with the VM, also if it is open. */
+	fd = open_its_state();
+	TEST_ASSERT(fd >= 0, "Expected to open vgic-its-state, got errno %d", errno);
+	destroy_vm();
+	ret = read(fd, buf, sizeof(buf));
+	TEST_ASSERT(ret == -1 && errno == EIO,
+		    "Read after the VM is destroyed: expected -1 with EIO (%d), got %d with %d",
+		    EIO, ret, errno);
+	close(fd);
 }
 
 int main(int argc, char *argv[])
