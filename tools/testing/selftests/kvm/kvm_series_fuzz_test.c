@@ -693,7 +693,7 @@ static void op_create_vcpu(struct thread *t)
 
 static void op_check_extension(struct thread *t)
 {
-	uint64_t cap = one_in(t, 4) ? KVM_CAP_HYPERV_TLB_FLUSH_INHIBIT + rnd(t, 3) :
+	uint64_t cap = one_in(t, 4) ? KVM_CAP_HYPERV_TLB_FLUSH_INHIBIT + rnd(t, 4) :
 				      rnd(t, 230);
 
 	CALL(t, vm->fd, KVM_CHECK_EXTENSION, cap, cap);
@@ -1026,6 +1026,17 @@ static void op_flush_inhibit(struct thread *t)
 		     i.mask);
 }
 
+static void op_vsm_hypercalls(struct thread *t)
+{
+	struct kvm_enable_cap cap = {
+		.cap = KVM_CAP_HYPERV_VSM_HYPERCALLS,
+		.flags = one_in(t, 32) ? wild(t) : 0,
+		.args = { near(t, 2) },
+	};
+
+	CALL(t, vm->fd, KVM_ENABLE_CAP, &cap, cap.flags, cap.args[0]);
+}
+
 static void op_hyperv_eventfd(struct thread *t)
 {
 	struct kvm_hyperv_eventfd e = {
@@ -1293,6 +1304,7 @@ static const struct op arch_ops[] = {
 	{ op_xen_vcpu_attr, "KVM_XEN_VCPU_*_ATTR", 8 },
 	{ op_xen_send, "KVM_XEN_HVM_EVTCHN_SEND", 6 },
 	{ op_flush_inhibit, "KVM_HYPERV_*_TLB_FLUSH_INHIBIT", 4 },
+	{ op_vsm_hypercalls, "KVM_CAP_HYPERV_VSM_HYPERCALLS", 1 },
 	{ op_hyperv_eventfd, "KVM_HYPERV_EVENTFD", 1 },
 	{ op_msrs, "KVM_*_MSRS", 8 },
 	{ op_lapic, "KVM_*_LAPIC", 3 },
@@ -1307,6 +1319,31 @@ static const struct op arch_ops[] = {
 
 /* Guest: the hypercall input of Hyper-V, and the pages of each vCPU */
 static vm_vaddr_t hcall_pages[NR_VCPUS];
+
+static const uint16_t vsm_codes[] = {
+	HVCALL_MODIFY_VTL_PROTECTION_MASK, HVCALL_ENABLE_PARTITION_VTL, HVCALL_ENABLE_VP_VTL,
+	HVCALL_VTL_CALL, HVCALL_VTL_RETURN, HVCALL_GET_VP_REGISTERS, HVCALL_SET_VP_REGISTERS,
+	HVCALL_TRANSLATE_VIRTUAL_ADDRESS, HVCALL_START_VP, HVCALL_GET_VP_ID_FROM_APIC_ID,
+	HVCALL_TRANSLATE_VIRTUAL_ADDRESS_EX,
+};
+
+/* A hypercall of VSM, which exits to userspace if the capability is enabled */
+static void guest_vsm_hypercall(uint64_t r, uint64_t *mem)
+{
+	struct hyperv_hcall_pages *pages = (void *)hcall_pages[r & 1];
+	uint64_t xmm[2 * HV_HYPERCALL_MAX_XMM_REGISTERS] = { r };
+	uint64_t control = vsm_codes[(r >> 1 & 0xff) % ARRAY_SIZE(vsm_codes)];
+
+	if (r & BIT(9))
+		control |= HV_HYPERCALL_FAST_BIT;
+	control |= (r >> 10 & 3) << HV_HYPERCALL_VARHEAD_OFFSET;
+	control |= (r >> 12 & 7) << HV_HYPERCALL_REP_COMP_OFFSET;
+	control |= (r >> 15 & 3) << HV_HYPERCALL_REP_START_OFFSET;
+	if (!(r >> 17 & 15))
+		control |= HV_HYPERCALL_RSVD_MASK & r;
+	hyperv_hypercall(pages, control, r & BIT(21) ? pages->input_gpa : (uint64_t)mem,
+			 (uint64_t)mem, xmm);
+}
 
 static void guest_op(uint64_t r, uint64_t *state)
 {
@@ -1335,7 +1372,7 @@ static void guest_op(uint64_t r, uint64_t *state)
 	case 6:
 		xen_hypercall(r >> 4 & 63, r >> 10, (uint64_t)mem);
 		break;
-	case 7 ... 9:
+	case 7 ... 8:
 		pages = (void *)hcall_pages[r >> 60 ? 0 : r >> 4 & 1];
 		memset(&flush, 0, sizeof(flush));
 		flush.code = hyperv_flush_codes[r >> 5 & 3];
@@ -1348,6 +1385,9 @@ static void guest_op(uint64_t r, uint64_t *state)
 		flush.banks[0] = r >> 12 & 0xf;
 		flush.format = r >> 20 & 1;
 		hyperv_flush_tlb(pages, &flush);
+		break;
+	case 9:
+		guest_vsm_hypercall(r >> 4, mem);
 		break;
 	case 10 ... 12:
 		wrmsr_safe(fuzz_msrs[(r >> 4) % (ARRAY_SIZE(fuzz_msrs) - 2)],
@@ -1419,10 +1459,16 @@ static void heal(struct thread *t, struct kvm_vcpu *vcpu)
 
 static void complete_exit(struct thread *t, struct kvm_run *run)
 {
-	if (run->exit_reason == KVM_EXIT_XEN)
+	switch (run->exit_reason) {
+	case KVM_EXIT_XEN:
 		run->xen.u.hcall.result = 0;
-	else if (run->exit_reason == KVM_EXIT_HYPERV)
-		run->hyperv.u.hcall.result = 0;
+		break;
+	case KVM_EXIT_HYPERV:
+		/* Without an answer, the result is what struct kvm_run contains. */
+		if (!one_in(t, 4))
+			run->hyperv.u.hcall.result = one_in(t, 2) ? 0 : wild(t);
+		break;
+	}
 }
 
 /* Event channels that work, until the fuzzers change that */
@@ -1507,6 +1553,8 @@ static void create_vm(struct thread *t)
 		vm_install_exception_handler(vm, i, guest_irq);
 	vm_install_exception_handler(vm, PF_VECTOR, guest_page_fault);
 
+	if (one_in(t, 2))
+		vm_enable_cap(vm, KVM_CAP_HYPERV_VSM_HYPERCALLS, 1);
 	create_window(t);
 	/* One round of eight begins without Xen. */
 	if (!one_in(t, 8))

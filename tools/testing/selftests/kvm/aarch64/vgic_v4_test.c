@@ -675,6 +675,33 @@ static void check_refused(const char *what)
 	check_not_delivered(what);
 }
 
+/*
+ * Raise the MSI in software, by KVM_SIGNAL_MSI and via the irqfd, which triggers the vLPI.
+ * It is a miss only if it is refused.  The irqfd hands it to a worker unless it is refused.
+ */
+static void check_signal(const char *what, int expected)
+{
+	uint64_t misses = vm_get_stat(vm, "lpi_translation_misses"), stat;
+	uint64_t fallbacks = vm_get_stat(vm, "lpi_inatomic_fallbacks");
+	uint64_t one = 1;
+	int ret;
+
+	ret = __kvm_signal_msi(vm, its.base + GITS_TRANSLATER, KVM_MSI_VALID_DEVID, DEV,
+			       EVENT);
+	TEST_ASSERT(ret == expected, "%s: expected KVM_SIGNAL_MSI to return %d, got %d",
+		    what, expected, ret);
+	TEST_ASSERT(write(msi_fd, &one, sizeof(one)) == sizeof(one),
+		    "write() failed, errno: %d", errno);
+	misses += expected < 0 ? 2 : 0;
+	fallbacks += expected < 0 ? 0 : 1;
+	stat = vm_get_stat(vm, "lpi_inatomic_fallbacks");
+	TEST_ASSERT(stat == fallbacks, "%s: expected lpi_inatomic_fallbacks to be %lu, got %lu",
+		    what, fallbacks, stat);
+	stat = vm_get_stat(vm, "lpi_translation_misses");
+	TEST_ASSERT(stat == misses, "%s: expected lpi_translation_misses to be %lu, got %lu",
+		    what, misses, stat);
+}
+
 /* KVM forwards an MSI only when the irqfd is assigned or the MSI is enabled. */
 static void forward_again(void)
 {
@@ -998,11 +1025,23 @@ TEST_F(vgic_v4, int_clear)
 TEST_F(vgic_v4, lpis_disable)
 {
 	run_vcpu(vcpus[1], guest_lpis_disable);
+	check_signal("EnableLPIs cleared", -EBUSY);
 	raise_vlpi("EnableLPIs cleared");
 	run_vcpu(vcpus[1], guest_lpis_enable);
 	run_vcpus();
 	clear_delivered();
 	check_vlpi("EnableLPIs set again", LPI, 0);
+}
+
+/* Software asks the hardware to make the vLPI pending.  The worker may be later. */
+TEST_F(vgic_v4, signal)
+{
+	check_signal("vLPI raised in software", 1);
+	__wait_for((run_vcpus(), nr_delivered()), "vLPI raised in software: expected LPI %u",
+		   LPI);
+	TEST_ASSERT(delivered[0].nr && delivered[0].intid == LPI && !delivered[1].nr,
+		    "vLPI raised in software: expected LPI %u on vCPU 0, got %u (%u), %u on vCPU 1",
+		    LPI, delivered[0].nr, delivered[0].intid, delivered[1].nr);
 }
 
 /* The irqfd is removed while the redistributor has LPIs disabled. */

@@ -16,10 +16,12 @@
  *   of the PIC, NMI, SMI, INIT, changed registers, save and restore, the end of the
  *   process;
  * - events that do not unblock the vCPU: a masked interrupt, a kick, which only
- *   ends HLT, a timer, what KVM_GUESTDBG_BLOCKIRQ holds back, and a page that is
- *   ready while another notification is pending;
+ *   ends HLT, a timer, what KVM_GUESTDBG_BLOCKIRQ holds back, a page that is
+ *   ready while another notification is pending, and a Xen event that cannot be
+ *   raised;
  * - that the guest's steal time does not report vCPUs as preempted;
  * - flush hypercalls of L2, which cause exits to L1;
+ * - a migrated VM whose memory arrives late;
  * - that a blocked vCPU uses no CPU time, and that a release does not wait for
  *   the page-in of another vCPU;
  * - races of releases with flushes, and of page table walks with flushes.
@@ -45,6 +47,7 @@
 #include "hyperv.h"
 #include "svm_util.h"
 #include "vmx.h"
+#include "xen.h"
 
 #define NR_VCPUS	4
 #define NR_FLUSHERS	2
@@ -63,6 +66,8 @@
 #define SIPI_VECTOR	0x10
 #define FAULT_GPA	0x40000000
 #define FAULT_SLOT	1
+#define XEN_PORT	70
+#define XEN_VECTOR	0xb1
 #define NR_PAGES	1024
 
 #define SIPI_GPA	(SIPI_VECTOR << 12)
@@ -117,6 +122,15 @@ static void guest_irq_handler(struct ex_regs *regs)
 static void guest_pic_handler(struct ex_regs *regs)
 {
 	WRITE_ONCE(event_ctx->irqs, event_ctx->irqs + 1);
+}
+
+/* The upcall stays pending until the guest clears it. */
+static void guest_xen_handler(struct ex_regs *regs)
+{
+	struct xen_vcpu_info *info = (void *)FAULT_GPA;
+
+	WRITE_ONCE(event_ctx->irqs, event_ctx->irqs + 1);
+	WRITE_ONCE(info->evtchn_upcall_pending, 0);
 }
 
 static void guest_nmi_handler(struct ex_regs *regs)
@@ -1029,6 +1043,7 @@ struct toggler {
 	struct test_vm *t;
 	pthread_t thread;
 	uint32_t owner;
+	bool stop;
 };
 
 static void *toggler_thread(void *arg)
@@ -1039,7 +1054,8 @@ static void *toggler_thread(void *arg)
 	struct test_vm *t = toggler->t;
 	int i, vcpu, on;
 
-	for (i = 0; i < 4000; i++) {
+	/* Each owner that is added is removed. */
+	for (i = 0; i & 1 || i < 4000 || !READ_ONCE(toggler->stop); i++) {
 		vcpu = i & 2 ? TARGET : OTHER;
 		on = i & 1;
 		set_inhibit(t, vcpu, on ? 0 : owner, owner);
@@ -1058,6 +1074,7 @@ TEST(concurrent)
 {
 	struct toggler togglers[4];
 	struct test_vm t;
+	uint64_t blocks;
 	int i;
 
 	test_vm_create(&t, vp_maps[0], guest_racer);
@@ -1070,8 +1087,15 @@ TEST(concurrent)
 	for (i = 0; i < ARRAY_SIZE(togglers); i++) {
 		togglers[i].t = &t;
 		togglers[i].owner = BIT(i * 10);
+		togglers[i].stop = false;
 		togglers[i].thread = start_thread(toggler_thread, &togglers[i]);
 	}
+	/* Not only the changes, but also flushes that they block have to meet. */
+	for (i = 0; i < NR_FLUSHERS; i++)
+		vcpu_wait_stat(t.vcpus[i], "hv_tlb_flush_blocks",
+			       t.runners[i].blocks + 20);
+	for (i = 0; i < ARRAY_SIZE(togglers); i++)
+		WRITE_ONCE(togglers[i].stop, true);
 	for (i = 0; i < ARRAY_SIZE(togglers); i++)
 		pthread_join(togglers[i].thread, NULL);
 
@@ -1079,6 +1103,10 @@ TEST(concurrent)
 	check_owners(&t, OTHER, 0);
 	for (i = 0; i < NR_FLUSHERS; i++) {
 		wait_progress(&t.ctx[i]->count, READ_ONCE(t.ctx[i]->count), "A flusher");
+		blocks = vcpu_get_stat(t.vcpus[i], "hv_tlb_flush_blocks") -
+			 t.runners[i].blocks;
+		pr_info("flusher %d: %lu flushes, blocked %lu times\n", i,
+			READ_ONCE(t.ctx[i]->count), blocks);
 		WRITE_ONCE(t.ctx[i]->stop, true);
 		runner_join_sync(&t.runners[i], 0);
 	}
@@ -1354,6 +1382,13 @@ TEST(vp_index)
 	kvm_vm_free(t.vm);
 }
 
+static void check_event_counts(struct test_vm *t, uint64_t expected)
+{
+	TEST_ASSERT(t->ctx[1]->irqs == expected && t->ctx[1]->nmis == expected,
+		    "%lu interrupts and %lu NMIs, expected %lu of each",
+		    t->ctx[1]->irqs, t->ctx[1]->nmis, expected);
+}
+
 /* With KVM_GUESTDBG_BLOCKIRQ, events stay pending, and the vCPU blocked. */
 TEST(blockirq)
 {
@@ -1371,15 +1406,20 @@ TEST(blockirq)
 	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
 	check_no_cpu_time(&t, 1);
 
+	/* An NMI makes the vCPU execute the hypercall once more. */
+	send_event(&t, 1, APIC_DM_NMI);
+	runner_wait_blocked(&t.runners[1], 2);
+	check_no_cpu_time(&t, 1);
+
 	release(&t, TARGET, OWNER);
-	finish(&t, 1, 1);
-	TEST_ASSERT(!t.ctx[1]->irqs, "%lu interrupts, expected 0", t.ctx[1]->irqs);
+	finish(&t, 1, 2);
+	check_event_counts(&t, 0);
 
 	debug.control = 0;
 	vcpu_guest_debug_set(t.vcpus[1], &debug);
 	start(&t, 1);
 	finish(&t, 1, 0);
-	TEST_ASSERT(t.ctx[1]->irqs == 1, "%lu interrupts, expected 1", t.ctx[1]->irqs);
+	check_event_counts(&t, 1);
 	kvm_vm_free(t.vm);
 }
 
@@ -1575,6 +1615,201 @@ TEST(steal_time)
 	hold(&t, TARGET, OWNER);
 	release(&t, TARGET, OWNER);
 	kvm_vm_free(t.vm);
+}
+
+static struct kvm_vcpu *steal_time_vcpu;
+static uint64_t steal_time_gpa;
+
+static void *set_steal_time(void *unused)
+{
+	vcpu_set_msr(steal_time_vcpu, MSR_KVM_STEAL_TIME, steal_time_gpa | KVM_MSR_ENABLED);
+	return NULL;
+}
+
+/* Drop a page, which userspace then has to provide, and return its contents. */
+static void *drop_page(void *page)
+{
+	void *contents = malloc(PAGE_SIZE);
+
+	memcpy(contents, page, PAGE_SIZE);
+	TEST_ASSERT(!madvise(page, PAGE_SIZE, MADV_DONTNEED),
+		    "madvise() failed, errno %d", errno);
+	return contents;
+}
+
+/* Wait for the page fault at @page. */
+static void wait_for_fault(int uffd, void *page)
+{
+	uint64_t address = uffd_wait_for_fault(uffd).arg.pagefault.address;
+
+	TEST_ASSERT((address & ~(PAGE_SIZE - 1ull)) == (uint64_t)page,
+		    "Page fault at %#lx, expected it at %p", address, page);
+}
+
+/* A migrated VM whose memory arrives after its vCPUs run */
+TEST(postcopy)
+{
+	void *contents, *input;
+	struct kvm_steal_time *st;
+	pthread_t thread;
+	struct test_vm t;
+	int uffd;
+
+	test_vm_create(&t, vp_maps[0], guest_flusher);
+	set_flush(&t, 0, HVCALL_FLUSH_VIRTUAL_ADDRESS_SPACE, false, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	start_blocked(&t, 0);
+	stop_by_signal(&t.runners[0]);
+	release(&t, TARGET, OWNER);
+
+	input = addr_gva2hva(t.vm, (vm_vaddr_t)((struct hyperv_hcall_pages *)
+			addr_gva2hva(t.vm, (vm_vaddr_t)t.ctx[0]->pages))->input);
+	uffd = uffd_register(input, PAGE_SIZE, 0);
+	contents = drop_page(input);
+
+	/* The flush begins when its input is there, so it waits for this owner. */
+	start(&t, 0);
+	wait_for_fault(uffd, input);
+	hold(&t, TARGET, OWNER);
+	runner_check_blocks(&t.runners[0], 0);
+	uffd_provide(uffd, input, contents, PAGE_SIZE);
+	runner_wait_blocked(&t.runners[0], 1);
+
+	/* The end of the flush does not need the input. */
+	free(contents);
+	free(drop_page(input));
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	close(uffd);
+
+	/* KVM clears kvm_steal_time.preempted when its page is there. */
+	steal_time_vcpu = t.vcpus[OTHER];
+	steal_time_gpa = addr_gva2gpa(t.vm, vm_vaddr_alloc_page(t.vm));
+	st = addr_gpa2hva(t.vm, steal_time_gpa);
+	st->preempted = KVM_VCPU_PREEMPTED;
+	uffd = uffd_register(st, PAGE_SIZE, 0);
+	contents = drop_page(st);
+	thread = start_thread(set_steal_time, NULL);
+	wait_for_fault(uffd, st);
+	uffd_provide(uffd, st, contents, PAGE_SIZE);
+	pthread_join(thread, NULL);
+	TEST_ASSERT(!st->preempted, "The vCPU is reported as preempted");
+
+	free(contents);
+	close(uffd);
+	kvm_vm_free(t.vm);
+}
+
+struct xen_guest {
+	struct test_vm t;
+	struct kvm_userspace_memory_region present, absent;
+};
+
+/* vCPU 1 has a vcpu_info in a memslot of its own, which the guest can access. */
+static void xen_guest_create(struct xen_guest *x)
+{
+	/* Hyper-V uses the MSRs that xen.h and Xen without Hyper-V use. */
+	struct kvm_xen_hvm_config config = { .msr = 0x40000200 };
+	uint64_t shinfo;
+
+	test_vm_create(&x->t, vp_maps[0], guest_irq_flusher);
+	vm_install_exception_handler(x->t.vm, XEN_VECTOR, guest_xen_handler);
+	vm_userspace_mem_region_add(x->t.vm, VM_MEM_SRC_ANONYMOUS, FAULT_GPA,
+				    FAULT_SLOT, 1, 0);
+	virt_map(x->t.vm, FAULT_GPA, FAULT_GPA, 1);
+	x->present = memslot2region(x->t.vm, FAULT_SLOT)->region;
+	x->absent = x->present;
+	x->absent.memory_size = 0;
+
+	vm_ioctl(x->t.vm, KVM_XEN_HVM_CONFIG, &config);
+	shinfo = addr_gva2gpa(x->t.vm, vm_vaddr_alloc_page(x->t.vm));
+	ASSERT_EQ(xen_set_vm_attr(x->t.vm, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_LONG_MODE, .u.long_mode = 1,
+	}), 0);
+	ASSERT_EQ(xen_set_vm_attr(x->t.vm, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = shinfo >> PAGE_SHIFT,
+	}), 0);
+	ASSERT_EQ(xen_set_vcpu_attr(x->t.vcpus[1], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, .u.gpa = FAULT_GPA,
+	}), 0);
+	set_plain_flush(&x->t, 1, BIT(TARGET));
+	hold(&x->t, TARGET, OWNER);
+}
+
+/* Send an event to vCPU 1, which is blocked for the @blocks-th time and must sleep on. */
+static void send_to_absent(struct xen_guest *x, uint32_t port, uint64_t blocks)
+{
+	ASSERT_EQ(xen_send_event(x->t.vm, port, 1,
+				 KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL), 0);
+	check_no_cpu_time(&x->t, 1);
+	runner_check_blocks(&x->t.runners[1], blocks);
+}
+
+/* The event is delivered when the memslot is back, and the flush blocks again. */
+static void expect_upcall(struct xen_guest *x, uint64_t irqs, uint64_t blocks)
+{
+	vm_ioctl(x->t.vm, KVM_SET_USER_MEMORY_REGION, &x->present);
+	wait_count(&x->t.ctx[1]->irqs, irqs, "interrupts");
+	runner_wait_blocked(&x->t.runners[1], blocks);
+	check_no_cpu_time(&x->t, 1);
+	runner_check_blocks(&x->t.runners[1], blocks);
+}
+
+/*
+ * If the vcpu_info cannot be mapped, a Xen event stays pending, and the vCPU blocked.
+ * KVM tries again when memslots change.
+ */
+TEST(xen)
+{
+	struct xen_vcpu_info *info;
+	struct xen_guest x;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+
+	/* A vector of the local APIC */
+	xen_guest_create(&x);
+	ASSERT_EQ(xen_set_vcpu_attr(x.t.vcpus[1], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, .u.vector = IRQ_VECTOR,
+	}), 0);
+	start_blocked(&x.t, 1);
+	vm_ioctl(x.t.vm, KVM_SET_USER_MEMORY_REGION, &x.absent);
+	send_to_absent(&x, XEN_PORT, 1);
+	expect_upcall(&x, 1, 2);
+
+	/* The event is pending before the vCPU is blocked. */
+	stop_by_signal(&x.t.runners[1]);
+	vm_ioctl(x.t.vm, KVM_SET_USER_MEMORY_REGION, &x.absent);
+	ASSERT_EQ(xen_send_event(x.t.vm, XEN_PORT + 64, 1,
+				 KVM_IRQ_ROUTING_XEN_EVTCHN_PRIO_2LEVEL), 0);
+	start_blocked(&x.t, 1);
+	check_no_cpu_time(&x.t, 1);
+	runner_check_blocks(&x.t.runners[1], 1);
+	expect_upcall(&x, 2, 2);
+	release(&x.t, TARGET, OWNER);
+	finish(&x.t, 1, 2);
+	kvm_vm_free(x.t.vm);
+
+	/* The vector of all vCPUs: KVM reads from the vcpu_info whether it is pending. */
+	xen_guest_create(&x);
+	info = addr_gpa2hva(x.t.vm, FAULT_GPA);
+	ASSERT_EQ(xen_set_vm_attr(x.t.vm, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = XEN_VECTOR,
+	}), 0);
+	start_blocked(&x.t, 1);
+	vm_ioctl(x.t.vm, KVM_SET_USER_MEMORY_REGION, &x.absent);
+	check_no_cpu_time(&x.t, 1);
+	send_to_absent(&x, XEN_PORT, 1);
+	expect_upcall(&x, 1, 2);
+
+	/* It has become pending without KVM. */
+	vm_ioctl(x.t.vm, KVM_SET_USER_MEMORY_REGION, &x.absent);
+	check_no_cpu_time(&x.t, 1);
+	WRITE_ONCE(info->evtchn_upcall_pending, 1);
+	expect_upcall(&x, 2, 3);
+	release(&x.t, TARGET, OWNER);
+	finish(&x.t, 1, 3);
+	kvm_vm_free(x.t.vm);
 }
 
 /* Wait until the vCPU exits at the OUT of the code that SIPI or SMI starts. */

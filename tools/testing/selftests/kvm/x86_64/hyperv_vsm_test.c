@@ -221,6 +221,9 @@ TEST(exits)
 
 	r = vm_check_cap(vm, KVM_CAP_HYPERV_VSM_HYPERCALLS);
 	TEST_ASSERT(r == 1, "KVM_CHECK_EXTENSION returned %d, expected 1", r);
+	TEST_ASSERT(!strcmp(exit_reason_str(KVM_EXIT_HYPERV), "HYPERV"),
+		    "The name of the exit is %s, expected HYPERV",
+		    exit_reason_str(KVM_EXIT_HYPERV));
 
 	for (i = 0; i < ARRAY_SIZE(hcalls); i++)
 		check_no_exit(&c, hcalls[i].code, HV_STATUS_INVALID_HYPERCALL_CODE);

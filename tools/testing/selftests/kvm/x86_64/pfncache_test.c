@@ -52,6 +52,7 @@
 /* Pages of the slot. */
 #define NR_PAGES	64
 #define VCPU_INFO_PAGE	4
+#define RUNSTATE_PAGE	8
 #define CLOCK_PAGE	16
 #define SHINFO_PAGE	32
 
@@ -62,6 +63,15 @@
 #define KVM_MIN_GPC_RECORDS	16
 #define NR_OVERFLOW		4
 #define NR_SENDERS		4
+#define NR_SLEEPERS		8
+
+/* Arbitrarily chosen, in entries. */
+#define DIRTY_RING_SIZE		1024
+
+/* The C library may not have it yet. */
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE	25
+#endif
 
 #define FAILSLAB	"/sys/kernel/debug/failslab/"
 
@@ -75,7 +85,7 @@ static struct kvm_vcpu *vcpu;
 static char *mem;
 static int irqfds[NR_IRQFDS];
 static bool has_gate;
-static int gates[2], nr_gates;
+static int gates[NR_SLEEPERS], nr_gates;
 
 static struct thread {
 	sem_t go;
@@ -85,6 +95,8 @@ static struct thread {
 	unsigned int nr;
 	unsigned int nr_pages;
 } threads[NR_THREADS];
+
+static struct kvm_vcpu *vcpu_by_id[NR_SLEEPERS];
 
 /* Shared by all processes of a case. */
 static struct shared {
@@ -232,13 +244,28 @@ static void guest_code(void)
 		GUEST_SYNC(0);
 }
 
+static void set_vcpu_attr(uint16_t type, uint64_t gpa)
+{
+	struct kvm_xen_vcpu_attr attr = { .type = type, .u.gpa = gpa };
+
+	vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &attr);
+}
+
+/* Let KVM write a new time to all clocks when the vCPU runs next. */
+static void set_clock(void)
+{
+	struct kvm_clock_data clock = {};
+
+	vm_ioctl(vm, KVM_SET_CLOCK, &clock);
+}
+
 static void map_slot(size_t size)
 {
 	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, size, mem);
 }
 
 /* A VM with a slot of @nr_pages, vcpu_info and NR_IRQFDS event channels. */
-static void create_vm(size_t nr_pages)
+static void __create_vm(size_t nr_pages, bool dirty_ring)
 {
 	struct kvm_xen_hvm_config config = {
 		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL,
@@ -248,10 +275,6 @@ static void create_vm(size_t nr_pages)
 		.type = KVM_XEN_ATTR_TYPE_LONG_MODE,
 		.u.long_mode = 1,
 	};
-	struct kvm_xen_vcpu_attr vi = {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO,
-		.u.gpa = page_gpa(VCPU_INFO_PAGE),
-	};
 	struct {
 		struct kvm_irq_routing info;
 		struct kvm_irq_routing_entry entries[NR_IRQFDS];
@@ -259,20 +282,24 @@ static void create_vm(size_t nr_pages)
 	unsigned int i;
 
 	create_threads();
-	vm = vm_create_with_one_vcpu(&vcpu, guest_code);
+	vm = vm_create(1);
+	if (dirty_ring)
+		vm_enable_dirty_ring(vm, DIRTY_RING_SIZE * sizeof(struct kvm_dirty_gfn));
+	vcpu = vm_vcpu_add(vm, 0, guest_code);
 	/* The first read of a statistic allocates memory; do that now. */
 	if (has_gate)
 		vm_get_stat(vm, "pfncache_wait");
 
-	mem = mmap(NULL, nr_pages * page_size, PROT_READ | PROT_WRITE,
+	mem = mmap(NULL, nr_pages * page_size + SZ_2M, PROT_READ | PROT_WRITE,
 		   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 	TEST_ASSERT(mem != MAP_FAILED, "mmap(): %s", strerror(errno));
+	mem = (void *)(((uintptr_t)mem + SZ_2M - 1) & -(uintptr_t)SZ_2M);
 	memset(mem, 0, nr_pages * page_size);
 	map_slot(nr_pages * page_size);
 
 	vm_ioctl(vm, KVM_XEN_HVM_CONFIG, &config);
 	vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &lm);
-	vcpu_ioctl(vcpu, KVM_XEN_VCPU_SET_ATTR, &vi);
+	set_vcpu_attr(KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO, page_gpa(VCPU_INFO_PAGE));
 
 	for (i = 0; i < NR_IRQFDS; i++) {
 		routes.entries[i].gsi = GSI + i;
@@ -286,6 +313,11 @@ static void create_vm(size_t nr_pages)
 
 	for (i = 0; i < NR_IRQFDS; i++)
 		kvm_irqfd(vm, GSI + i, irqfds[i], 0);
+}
+
+static void create_vm(size_t nr_pages)
+{
+	__create_vm(nr_pages, false);
 }
 
 static int open_gate(void)
@@ -663,15 +695,20 @@ TEST_F(gate, neighbours)
 	join(&threads[2]);
 }
 
-/* Whether the thread is in an ioctl and off the CPU, that is, really asleep. */
-static bool is_asleep(struct thread *t)
+/* Whether the task is in an ioctl and off the CPU, that is, really asleep. */
+static bool task_is_asleep(pid_t tid)
 {
 	char path[64], buf[256];
 
-	snprintf(path, sizeof(path), "/proc/self/task/%d/syscall", t->tid);
+	snprintf(path, sizeof(path), "/proc/%d/syscall", tid);
 	/* It begins with the number of the system call, or is "running". */
 	read_text(path, buf, sizeof(buf));
 	return strtol(buf, NULL, 10) == SYS_ioctl;
+}
+
+static bool is_asleep(struct thread *t)
+{
+	return task_is_asleep(t->tid);
 }
 
 /*
@@ -1014,6 +1051,49 @@ TEST_F(gate, kill)
 	TEST_ASSERT(wait(&status) > 0, "wait(): %s", strerror(errno));
 }
 
+static int remove_fn(void *arg)
+{
+	__set_shinfo(KVM_XEN_INVALID_GFN);
+	return 0;
+}
+
+/*
+ * A task that removes the page waits for a refresh, which waits for an invalidation.
+ * The task can be killed, and then the page is still set.
+ */
+TEST_F(gate, kill_remove)
+{
+	char *stack = alloc_fresh(16 * page_size);
+	int gate = open_gate(), status = 0;
+	pid_t victim;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[1], SHINFO_PAGE, 1);
+	wait_gate(gate, 1);
+	start_waiter(&threads[0], sender_fn);
+
+	victim = clone(remove_fn, stack + 16 * page_size, CLONE_VM | CLONE_FILES | SIGCHLD,
+		       NULL);
+	WINDOW_ASSERT(victim > 0, "clone(): %s", strerror(errno));
+	wait_for(task_is_asleep(victim));
+	WINDOW_ASSERT(!kill(victim, SIGKILL), "kill(): %s", strerror(errno));
+	wait_for(waitpid(victim, &status, WNOHANG) == victim);
+	WINDOW_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+		      "victim expected to be killed, got status %#x", status);
+	WINDOW_ASSERT(!get(&sh->done), "refresh expected to wait, it did not");
+
+	open_for_all(gate);
+	join(&threads[0]);
+	join(&threads[1]);
+	expect_send(5, 0);
+	TEST_ASSERT(shinfo_pending() == 0x28, "expected 0x28 pending, got %#lx",
+		    shinfo_pending());
+}
+
 /*
  * The OOM reaper calls the hooks in a context in which they may not block, and so
  * does process_mrelease(), which reaps on demand.  Hold a thread of the process at
@@ -1113,6 +1193,230 @@ TEST_F(gate, remap)
 	expect_send(8, 0);
 	TEST_ASSERT(shinfo_pending() == 0x100, "expected 0x100 pending, got %#lx",
 		    shinfo_pending());
+}
+
+/* The pages that KVM writes to whenever the vCPU runs after set_clock(), as a bitmap */
+#define VCPU_PAGES	(BIT_ULL(VCPU_INFO_PAGE) | BIT_ULL(CLOCK_PAGE) | BIT_ULL(RUNSTATE_PAGE))
+
+/* The vCPU also has kvmclock and a runstate. */
+static void set_vcpu_pages(void)
+{
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(CLOCK_PAGE) | KVM_MSR_ENABLED);
+	set_vcpu_attr(KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, page_gpa(RUNSTATE_PAGE));
+	vcpu_run(vcpu);
+}
+
+static void run_fn(struct thread *t)
+{
+	set(&sh->begun, 1);
+	vcpu_run(vcpu);
+	set(&sh->done, 1);
+}
+
+/* The vCPU needs a page that is being invalidated, and waits in KVM_RUN. */
+TEST_F(gate, vcpu)
+{
+	static const unsigned int pages[] = { CLOCK_PAGE, VCPU_INFO_PAGE, RUNSTATE_PAGE };
+	int gate = open_gate();
+	unsigned int i, j;
+	uint32_t *p;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_vcpu_pages();
+
+	for (i = 0; i < ARRAY_SIZE(pages); i++) {
+		close_gate(gate, pages[i], 1, MMU_GATE_END);
+		start_dropper(&threads[1], pages[i], 1);
+		wait_gate(gate, 1);
+
+		set_clock();
+		start_waiter(&threads[0], run_fn);
+		p = page(pages[i]);
+		for (j = 0; j < page_size / sizeof(*p); j++)
+			WINDOW_ASSERT(!p[j], "page %u: expected 0 at %#lx, got %#x", pages[i],
+				      j * sizeof(*p), p[j]);
+		open_for_all(gate);
+		join(&threads[0]);
+		join(&threads[1]);
+
+		for (j = 0; j < page_size / sizeof(*p) && !p[j]; j++)
+			;
+		TEST_ASSERT(j < page_size / sizeof(*p), "page %u: KVM has not written to it",
+			    pages[i]);
+	}
+}
+
+static void enable_clock_fn(struct thread *t)
+{
+	set(&sh->begun, 1);
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(t->nr) | KVM_MSR_ENABLED);
+	set(&sh->done, 1);
+}
+
+static void disable_clock_fn(struct thread *t)
+{
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, 0);
+}
+
+/* Raise port 3, unless the page is removed first: then the send fails. */
+static void try_send_fn(struct thread *t)
+{
+	int ret;
+
+	set(&sh->begun, 1);
+	ret = send_event(3);
+	TEST_ASSERT(!ret || ret == -EINVAL, "KVM_XEN_HVM_EVTCHN_SEND: expected 0 or %d, got %d",
+		    -EINVAL, ret);
+	set(&sh->done, ret ? 2 : 1);
+}
+
+static void remove_shinfo_fn(struct thread *t)
+{
+	__set_shinfo(GPA_INVALID);
+}
+
+/* The cache is moved to a page, or deactivated, while its page is being invalidated. */
+TEST_F(gate, deactivate)
+{
+	int gate = open_gate();
+	unsigned long expected;
+	uint32_t *time;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	close_gate(gate, CLOCK_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[1], CLOCK_PAGE, 1);
+	wait_gate(gate, 1);
+	threads[0].nr = CLOCK_PAGE;
+	start_waiter(&threads[0], enable_clock_fn);
+	start(&threads[2], disable_clock_fn);
+	wait_for(is_asleep(&threads[2]));
+	open_for_all(gate);
+	join(&threads[0]);
+	join(&threads[1]);
+	join(&threads[2]);
+
+	/* The clock is disabled, and can be enabled again. */
+	time = page(CLOCK_PAGE);
+	vcpu_run(vcpu);
+	TEST_ASSERT(!*time, "expected no time, got version %u", *time);
+	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(CLOCK_PAGE) | KVM_MSR_ENABLED);
+	vcpu_run(vcpu);
+	TEST_ASSERT(*time, "expected a time, got version 0");
+
+	close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[1], SHINFO_PAGE, 1);
+	wait_gate(gate, 1);
+	start_waiter(&threads[0], try_send_fn);
+	start(&threads[2], remove_shinfo_fn);
+	wait_for(is_asleep(&threads[2]));
+	open_for_all(gate);
+	join(&threads[0]);
+	join(&threads[1]);
+	join(&threads[2]);
+	expected = get(&sh->done) == 1 ? 0x8 : 0;
+	TEST_ASSERT(shinfo_pending() == expected, "expected %#lx pending, got %#lx", expected,
+		    shinfo_pending());
+	expect_send(4, -EINVAL);
+}
+
+static void sleeper_fn(struct thread *t)
+{
+	struct kvm_vcpu *v = vcpu_by_id[t - threads];
+
+	vcpu_set_msr(v, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(t->nr) | KVM_MSR_ENABLED);
+}
+
+/*
+ * Many refreshes sleep: each waits for its own page, and the invalidations end one after
+ * the other; then all wait for the same page.
+ */
+TEST_F(gate, sleepers)
+{
+	uint64_t waits, sleeps;
+	int gate[NR_SLEEPERS];
+	unsigned int i, j;
+
+	for (i = 0; i < NR_SLEEPERS; i++)
+		gate[i] = open_gate();
+	create_vm(NR_PAGES);
+	for (i = 0; i < NR_SLEEPERS; i++) {
+		attach_gate(gate[i]);
+		vcpu_by_id[i] = i ? vm_vcpu_add(vm, i, guest_code) : vcpu;
+	}
+
+	waits = vm_get_stat(vm, "pfncache_wait");
+	sleeps = vm_get_stat(vm, "pfncache_sleep");
+	for (i = 0; i < NR_SLEEPERS; i++) {
+		close_gate(gate[i], CLOCK_PAGE + i, 1, MMU_GATE_END);
+		start_dropper(&threads[NR_SLEEPERS + i], CLOCK_PAGE + i, 1);
+		wait_gate(gate[i], 1);
+		threads[i].nr = CLOCK_PAGE + i;
+		start(&threads[i], sleeper_fn);
+	}
+	wait_for(vm_get_stat(vm, "pfncache_wait") == waits + NR_SLEEPERS);
+	for (i = 0; i < NR_SLEEPERS; i++)
+		wait_for(is_asleep(&threads[i]));
+	for (i = 0; i < NR_SLEEPERS; i++) {
+		open_for_all(gate[i]);
+		join(&threads[i]);
+		join(&threads[NR_SLEEPERS + i]);
+		for (j = i + 1; j < NR_SLEEPERS; j++)
+			WINDOW_ASSERT(sem_trywait(&threads[j].done),
+				      "refresh %u ended with invalidation %u", j, i);
+	}
+
+	close_gate(gate[0], SHINFO_PAGE, 1, MMU_GATE_END);
+	start_dropper(&threads[NR_SLEEPERS], SHINFO_PAGE, 1);
+	wait_gate(gate[0], 1);
+	for (i = 0; i < NR_SLEEPERS; i++) {
+		threads[i].nr = SHINFO_PAGE;
+		start(&threads[i], sleeper_fn);
+	}
+	wait_for(vm_get_stat(vm, "pfncache_wait") == waits + 2 * NR_SLEEPERS);
+	for (i = 0; i < NR_SLEEPERS; i++)
+		wait_for(is_asleep(&threads[i]));
+	open_for_all(gate[0]);
+	for (i = 0; i <= NR_SLEEPERS; i++)
+		join(&threads[i]);
+
+	sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
+	TEST_ASSERT(sleeps == 2 * NR_SLEEPERS, "expected %d sleeps, got %lu", 2 * NR_SLEEPERS,
+		    sleeps);
+}
+
+static void move_shinfo_fn(struct thread *t)
+{
+	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST))
+		set_shinfo(SHINFO_PAGE);
+}
+
+/*
+ * No event is lost if the delivery finds the lock of the cache taken.  The worker then
+ * finds a valid cache.
+ */
+TEST_F(gate, trylock)
+{
+	uint64_t valid;
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	valid = vm_get_stat(vm, "pfncache_refresh_valid");
+	sh->stop = false;
+	start(&threads[0], move_shinfo_fn);
+	wait_for(({
+		set(pending(SHINFO_PAGE), 0);
+		signal_irqfd(0);
+		wait_for(shinfo_pending() == 0x2);
+		vm_get_stat(vm, "pfncache_refresh_valid") >= valid + 3;
+	}));
+	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+	join(&threads[0]);
 }
 
 static unsigned long read_number(const char *path)
@@ -1225,6 +1529,128 @@ TEST_F(pfncache, read_only_shmem)
 	close(fd);
 }
 
+/* Send an event by the irqfd, which raises port 1, and by ioctl. */
+static void expect_events(unsigned long *word, const char *when)
+{
+	set(word, 0);
+	signal_irqfd(0);
+	expect_send(2, 0);
+	wait_for(get(word) & 0x2);
+	TEST_ASSERT(get(word) == 0x6, "%s: expected 0x6 pending, got %#lx", when, get(word));
+}
+
+/* A second slot for @p, whose page @nr is the shared_info. */
+static unsigned long *set_shinfo_in_slot(void *p, size_t size, unsigned int nr)
+{
+	int ret;
+
+	vm_set_user_memory_region(vm, SLOT + 1, 0, BASE_GPA + SZ_1G, size, p);
+	ret = __set_shinfo((BASE_GPA + SZ_1G) / page_size + nr);
+	TEST_ASSERT(!ret, KVM_IOCTL_ERROR(KVM_XEN_HVM_SET_ATTR, ret));
+	return p + nr * page_size + XEN_SHINFO_PENDING;
+}
+
+static bool collapse(void *huge)
+{
+	memset(huge, 0, SZ_2M);
+	return !madvise(huge, SZ_2M, MADV_COLLAPSE);
+}
+
+/* The page is part of a huge page, which is split and collapsed again. */
+TEST_F(pfncache, thp)
+{
+	unsigned long *word;
+	unsigned int i;
+	void *huge;
+
+	create_vm(NR_PAGES);
+	huge = (void *)(((uintptr_t)alloc_fresh(2 * SZ_2M) + SZ_2M - 1) & -(uintptr_t)SZ_2M);
+	__TEST_REQUIRE(collapse(huge), "MADV_COLLAPSE: %s", strerror(errno));
+	word = set_shinfo_in_slot(huge, SZ_2M, 1);
+
+	for (i = 0; i < 5; i++) {
+		expect_events(word, "huge");
+		TEST_ASSERT(!madvise(huge + SZ_1M, page_size, MADV_DONTNEED),
+			    "madvise(MADV_DONTNEED): %s", strerror(errno));
+		TEST_ASSERT(get(word) == 0x6, "split: expected 0x6 pending, got %#lx", get(word));
+		expect_events(word, "split");
+		/* Copies the small pages to a huge page, and frees them. */
+		TEST_ASSERT(collapse(huge), "MADV_COLLAPSE: %s", strerror(errno));
+	}
+	expect_events(word, "collapsed");
+}
+
+TEST_F(pfncache, hugetlb)
+{
+	unsigned long *word;
+	void *huge;
+
+	__TEST_REQUIRE(write_setting("/proc/sys/vm/nr_hugepages", "2"), "needs hugetlbfs");
+	huge = mmap(NULL, SZ_2M, PROT_READ | PROT_WRITE,
+		    MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
+	__TEST_REQUIRE(huge != MAP_FAILED, "needs a huge page: %s", strerror(errno));
+	create_vm(NR_PAGES);
+	word = set_shinfo_in_slot(huge, SZ_2M, 1);
+	expect_events(word, "new");
+
+	TEST_ASSERT(!madvise(huge, SZ_2M, MADV_DONTNEED), "madvise(MADV_DONTNEED): %s",
+		    strerror(errno));
+	TEST_ASSERT(!get(word), "expected a new page to be zero, got %#lx", get(word));
+	expect_events(word, "dropped");
+
+	TEST_ASSERT(!mprotect(huge, SZ_2M, PROT_READ), "mprotect(): %s", strerror(errno));
+	expect_send(3, -EFAULT);
+	TEST_ASSERT(!mprotect(huge, SZ_2M, PROT_READ | PROT_WRITE), "mprotect(): %s",
+		    strerror(errno));
+	expect_events(word, "writable again");
+
+	TEST_ASSERT(!munmap(huge, SZ_2M), "munmap(): %s", strerror(errno));
+	expect_send(3, -EFAULT);
+}
+
+/* User address 0 is an address like any other. */
+TEST_F(pfncache, address_zero)
+{
+	unsigned long *word;
+	void *p = mmap(NULL, page_size, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+
+	__TEST_REQUIRE(!p, "mmap() at address 0: %s", strerror(errno));
+	create_vm(NR_PAGES);
+	word = set_shinfo_in_slot(p, page_size, 0);
+	expect_events(word, "new");
+	TEST_ASSERT(!madvise(p, page_size, MADV_DONTNEED), "madvise(MADV_DONTNEED): %s",
+		    strerror(errno));
+	TEST_ASSERT(!get(word), "expected a new page to be zero, got %#lx", get(word));
+	expect_events(word, "dropped");
+}
+
+/* The page moves to another address, and another page moves to its address. */
+TEST_F(pfncache, mremap)
+{
+	unsigned long *away;
+	void *p;
+
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	expect_send(1, 0);
+
+	p = mremap(page(SHINFO_PAGE), page_size, page_size, MREMAP_MAYMOVE | MREMAP_FIXED,
+		   page(NR_PAGES - 1));
+	TEST_ASSERT(p == page(NR_PAGES - 1), "mremap(): %s", strerror(errno));
+	away = pending(NR_PAGES - 1);
+	expect_send(2, -EFAULT);
+	TEST_ASSERT(get(away) == 0x2, "expected 0x2 pending in the moved page, got %#lx",
+		    get(away));
+
+	p = mremap(page(SHINFO_PAGE + 1), page_size, page_size, MREMAP_MAYMOVE | MREMAP_FIXED,
+		   page(SHINFO_PAGE));
+	TEST_ASSERT(p == page(SHINFO_PAGE), "mremap(): %s", strerror(errno));
+	expect_send(3, 0);
+	TEST_ASSERT(shinfo_pending() == 0x8 && get(away) == 0x2,
+		    "expected 0x8 and 0x2 pending, got %#lx and %#lx", shinfo_pending(), get(away));
+}
+
 /* No page or no writable page: an error, and success when there is one again. */
 TEST_F(pfncache, bad_address)
 {
@@ -1268,37 +1694,106 @@ TEST_F(pfncache, bad_address)
 	expect_send(5, 0);
 }
 
-/*
- * The dirty log has the pages of the clocks, that of Xen in vcpu_info and kvmclock,
- * whenever KVM writes to them, whether the caches are refreshed or not.
- */
-TEST_F(pfncache, dirty_log)
+/* Call @get_dirty before and after KVM writes, with and without a refresh. */
+static void expect_dirty(uint64_t (*get_dirty)(void))
 {
-	struct kvm_clock_data clock = {};
-	uint64_t dirty, expected = BIT_ULL(VCPU_INFO_PAGE) | BIT_ULL(CLOCK_PAGE);
 	uint32_t version;
+	uint64_t dirty;
 	int i;
 
-	create_vm(NR_PAGES);
-	vcpu_set_msr(vcpu, MSR_KVM_SYSTEM_TIME_NEW, page_gpa(CLOCK_PAGE) | KVM_MSR_ENABLED);
-	vcpu_run(vcpu);
-	vm_set_user_memory_region(vm, SLOT, KVM_MEM_LOG_DIRTY_PAGES, BASE_GPA,
-				  NR_PAGES * page_size, mem);
-
 	for (i = 0; i < 3; i++) {
-		if (i == 2)
+		if (i == 2) {
 			drop(CLOCK_PAGE, page_size);
-		kvm_vm_get_dirty_log(vm, SLOT, &dirty);
+			drop(RUNSTATE_PAGE, page_size);
+		}
+		get_dirty();
 		version = *(uint32_t *)page(CLOCK_PAGE);
 
-		vm_ioctl(vm, KVM_SET_CLOCK, &clock);
+		set_clock();
 		vcpu_run(vcpu);
 		TEST_ASSERT(*(uint32_t *)page(CLOCK_PAGE) != version,
 			    "%d: expected a new time, got version %u", i, version);
-		kvm_vm_get_dirty_log(vm, SLOT, &dirty);
-		TEST_ASSERT(dirty == expected, "%d: expected dirty pages %#lx, got %#lx", i,
-			    expected, dirty);
+		dirty = get_dirty();
+		TEST_ASSERT(dirty == VCPU_PAGES, "%d: expected dirty pages %#llx, got %#lx", i,
+			    VCPU_PAGES, dirty);
 	}
+}
+
+static void log_dirty_pages(void)
+{
+	vm_set_user_memory_region(vm, SLOT, KVM_MEM_LOG_DIRTY_PAGES, BASE_GPA,
+				  NR_PAGES * page_size, mem);
+}
+
+static uint64_t get_dirty_log(void)
+{
+	uint64_t dirty;
+
+	kvm_vm_get_dirty_log(vm, SLOT, &dirty);
+	return dirty;
+}
+
+/* Whenever KVM writes to pages of the vCPU, they are dirty. */
+TEST_F(pfncache, dirty_log)
+{
+	create_vm(NR_PAGES);
+	set_vcpu_pages();
+	log_dirty_pages();
+	expect_dirty(get_dirty_log);
+}
+
+static uint64_t get_dirty_ring(void)
+{
+	static unsigned int next;
+	struct kvm_dirty_gfn *ring = vcpu_map_dirty_ring(vcpu), *entry;
+	unsigned int nr, reset;
+	uint64_t dirty = 0;
+
+	for (nr = 0; ; nr++) {
+		entry = &ring[next % DIRTY_RING_SIZE];
+		if (__atomic_load_n(&entry->flags, __ATOMIC_ACQUIRE) != KVM_DIRTY_GFN_F_DIRTY)
+			break;
+		if (entry->slot == SLOT)
+			dirty |= BIT_ULL(entry->offset);
+		__atomic_store_n(&entry->flags, KVM_DIRTY_GFN_F_RESET, __ATOMIC_RELEASE);
+		next++;
+	}
+	reset = kvm_vm_reset_dirty_ring(vm);
+	TEST_ASSERT(reset == nr, "KVM_RESET_DIRTY_RINGS: expected %u, got %u", nr, reset);
+	return dirty;
+}
+
+TEST_F(pfncache, dirty_ring)
+{
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_DIRTY_LOG_RING));
+
+	__create_vm(NR_PAGES, true);
+	set_vcpu_pages();
+	log_dirty_pages();
+	expect_dirty(get_dirty_ring);
+}
+
+/* KVM does not write to a slot that is read-only for the guest. */
+TEST_F(pfncache, read_only_slot)
+{
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	expect_send(1, 0);
+
+	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, 0, mem);
+	vm_set_user_memory_region(vm, SLOT, KVM_MEM_READONLY, BASE_GPA, NR_PAGES * page_size,
+				  mem);
+	expect_send(2, -EFAULT);
+	TEST_ASSERT(__set_shinfo(page_gpa(SHINFO_PAGE) / page_size) == EFAULT,
+		    "expected EFAULT, got %d", errno);
+	TEST_ASSERT(shinfo_pending() == 0x2, "expected 0x2 pending, got %#lx",
+		    shinfo_pending());
+
+	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, 0, mem);
+	map_slot(NR_PAGES * page_size);
+	expect_send(2, 0);
+	TEST_ASSERT(shinfo_pending() == 0x6, "expected 0x6 pending, got %#lx",
+		    shinfo_pending());
 }
 
 /*
@@ -1614,80 +2109,202 @@ static void perf_refresh(void)
 		printf("perf: refresh_storm_retries count %lu\n", retries);
 }
 
-/* System calls that invalidate the page */
+/* Ways to invalidate the page, each with what has to be done before, which is not measured */
 static void invalidate_by_dontneed(void)
 {
 	drop(SHINFO_PAGE, page_size);
 }
 
-static void invalidate_by_big(void)
-{
-	memset(mem, 0, big_mib << 20);
-	madvise(mem, big_mib << 20, MADV_DONTNEED);
-}
-
 static void invalidate_by_mprotect(void)
 {
 	mprotect(page(SHINFO_PAGE), page_size, PROT_READ);
+}
+
+static void make_writable(void)
+{
 	mprotect(page(SHINFO_PAGE), page_size, PROT_READ | PROT_WRITE);
 }
 
+/* The pages of the slot from 2 MiB to 4 MiB are a huge page. */
+static unsigned int huge_page(void)
+{
+	return SZ_2M / page_size;
+}
+
+static void prepare_split(void)
+{
+	TEST_ASSERT(collapse(page(huge_page())), "MADV_COLLAPSE: %s", strerror(errno));
+}
+
+static void invalidate_by_split(void)
+{
+	drop(huge_page() + 1, page_size);
+}
+
+static void invalidate_by_collapse(void)
+{
+	madvise(page(huge_page()), SZ_2M, MADV_COLLAPSE);
+}
+
+static void prepare_munmap(void)
+{
+	TEST_ASSERT(mmap(mem, big_mib << 20, PROT_READ | PROT_WRITE,
+			 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_POPULATE, -1, 0) == mem,
+		    "mmap(): %s", strerror(errno));
+}
+
+static void invalidate_by_munmap(void)
+{
+	munmap(mem, big_mib << 20);
+}
+
+static pid_t forked;
+
 static void invalidate_by_fork(void)
 {
-	pid_t pid = start_process();
-
-	if (!pid)
+	forked = start_process();
+	if (!forked)
 		_exit(0);
-	end_process(pid);
 }
+
+static void end_fork(void)
+{
+	if (forked)
+		end_process(forked);
+	forked = 0;
+}
+
+static void prepare_ksm(void)
+{
+	memset(mem, 0x5a, NR_PAGES * page_size);
+	madvise(mem, NR_PAGES * page_size, MADV_MERGEABLE);
+	write_file("/sys/kernel/mm/ksm/sleep_millisecs", "0");
+	write_file("/sys/kernel/mm/ksm/run", "1");
+}
+
+static void invalidate_by_ksm(void)
+{
+	unsigned long scans = read_number("/sys/kernel/mm/ksm/full_scans");
+
+	wait_for(read_number("/sys/kernel/mm/ksm/full_scans") > scans + 2);
+}
+
+static void invalidate_by_compaction(void)
+{
+	write_file("/proc/sys/vm/compact_memory", "1");
+}
+
+/* How long a refresh spins, see KVM_GPC_SPIN_NS in virt/kvm/pfncache.c */
+#define SPIN_NS			10000
+
+/* Not an array: the VM has no room for a larger program. */
+#define NR_SAMPLES		50000
+static uint64_t *samples;
+static unsigned int nr_samples;
+
+/*
+ * Setting the shared_info page refreshes its cache without waiting for mmap_lock before.
+ * But that changes the page, so KSM would not merge it.  An event that is pending already
+ * does not change the page.
+ */
+static bool refresh_by_event;
 
 static void refresh_fn(struct thread *t)
 {
-	/* Fails while the page is read-only. */
-	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST))
-		send_event(3);
+	uint64_t ns = vm_get_stat(vm, "pfncache_wait_ns"), last;
+	bool measured;
+
+	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST)) {
+		last = ns;
+		measured = get(&sh->begun);
+		/* Either of them fails while no writable page is mapped. */
+		if (refresh_by_event)
+			send_event(3);
+		else
+			__set_shinfo(page_gpa(t->nr) / page_size);
+		ns = vm_get_stat(vm, "pfncache_wait_ns");
+		if (measured && ns != last && nr_samples < NR_SAMPLES)
+			samples[nr_samples++] = ns - last;
+	}
+}
+
+/* A wait that is longer than SPIN_NS sleeps. */
+static void report_times(const char *op, const char *what, uint64_t *ns, unsigned int n)
+{
+	unsigned int i;
+
+	qsort(ns, n, sizeof(*ns), compare);
+	for (i = 0; i < n && ns[i] <= SPIN_NS; i++)
+		;
+	printf("perf: %s_%s count %u\n", what, op, n);
+	printf("perf: %s_%s_long count %u\n", what, op, n - i);
+	if (!n)
+		return;
+	printf("perf: %s_%s_median ns %lu\n", what, op, ns[n / 2]);
+	printf("perf: %s_%s_p99 ns %lu\n", what, op, ns[n * 99 / 100]);
+	printf("perf: %s_%s_max ns %lu\n", what, op, ns[n - 1]);
 }
 
 /*
- * How long refreshes wait for invalidations by several system calls, on average, and how
- * many of the waits sleep.
+ * How long system calls take that invalidate the page, and how long refreshes of another
+ * thread wait meanwhile.
  */
 static void perf_waits(void)
 {
 	static const struct {
 		const char *name;
+		void (*prepare)(void);
 		void (*fn)(void);
 		unsigned int rounds;
+		bool huge;
+		bool async;		/* does not end with the invalidation */
 	} ops[] = {
-		{ "dontneed", invalidate_by_dontneed, 20000 },
-		{ "mprotect", invalidate_by_mprotect, 20000 },
-		{ "fork", invalidate_by_fork, 200 },
-		{ "big", invalidate_by_big, 20 },
+		{ "dontneed", NULL, invalidate_by_dontneed, NR_SAMPLES },
+		{ "mprotect", make_writable, invalidate_by_mprotect, 500 },
+		{ "split", prepare_split, invalidate_by_split, 50, true },
+		{ "collapse", invalidate_by_split, invalidate_by_collapse, 50, true },
+		{ "fork", end_fork, invalidate_by_fork, 50 },
+		{ "munmap", prepare_munmap, invalidate_by_munmap, 5 },
+		{ "ksm", prepare_ksm, invalidate_by_ksm, 5, false, true },
+		{ "compaction", NULL, invalidate_by_compaction, 20, false, true },
 	};
-	uint64_t waits, sleeps, ns;
+	uint64_t *ns = calloc(NR_SAMPLES, sizeof(*ns)), begin;
 	unsigned int i, round;
 
+	samples = calloc(NR_SAMPLES, sizeof(*samples));
+	TEST_ASSERT(ns && samples, "calloc()");
 	__TEST_REQUIRE(has_gate, "needs statistics");
+	setbuf(stdout, NULL);
 	create_vm((big_mib << 20) / page_size);
-	set_shinfo(SHINFO_PAGE);
 
 	for (i = 0; i < ARRAY_SIZE(ops); i++) {
-		waits = vm_get_stat(vm, "pfncache_wait");
-		sleeps = vm_get_stat(vm, "pfncache_sleep");
-		ns = vm_get_stat(vm, "pfncache_wait_ns");
+		prepare_munmap();
+		if (ops[i].huge)
+			prepare_split();
+		threads[0].nr = ops[i].huge ? huge_page() : SHINFO_PAGE;
+		set_shinfo(threads[0].nr);
+		refresh_by_event = ops[i].async;
+		nr_samples = 0;
 		sh->stop = false;
+		set(&sh->begun, 0);
 		start(&threads[0], refresh_fn);
-		for (round = 0; round < ops[i].rounds; round++)
+		for (round = 0; round < ops[i].rounds; round++) {
+			if (ops[i].prepare)
+				ops[i].prepare();
+			set(&sh->begun, 1);
+			begin = now_ns();
 			ops[i].fn();
+			ns[round] = now_ns() - begin;
+			set(&sh->begun, 0);
+		}
 		__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
 		join(&threads[0]);
-		waits = vm_get_stat(vm, "pfncache_wait") - waits;
-		sleeps = vm_get_stat(vm, "pfncache_sleep") - sleeps;
-		ns = vm_get_stat(vm, "pfncache_wait_ns") - ns;
-		printf("perf: wait_%s ns %lu\n", ops[i].name, waits ? ns / waits : 0);
-		printf("perf: wait_%s_waits count %lu\n", ops[i].name, waits);
-		printf("perf: wait_%s_sleeps count %lu\n", ops[i].name, sleeps);
+		end_fork();
+		if (!ops[i].async)
+			report_times(ops[i].name, "call", ns, ops[i].rounds);
+		report_times(ops[i].name, "wait", samples, nr_samples);
 	}
+	write_file("/sys/kernel/mm/ksm/run", "2");
 }
 
 static void measure(const char *what)
@@ -1708,7 +2325,7 @@ static void usage(const char *name)
 {
 	printf("Usage: %s [-h] [-m MiB] [-n rounds] [case...]\n"
 	       "       %s -p measurement\n"
-	       " -m: size of the range of case large_range (default: %lu)\n"
+	       " -m: size of the range of case large_range and of munmap() (default: %lu)\n"
 	       " -p: measure: hooks (under icount, with one CPU), refresh or waits (with two CPUs)\n"
 	       " -n: rounds of the cases neighbours and remap (default: %u)\n",
 	       name, name, big_mib, nr_rounds);

@@ -7,7 +7,7 @@
  * page of its own, so that each can be made absent.  -n sets the number of attempts
  * of the cases that provoke a race.
  */
-#define _GNU_SOURCE /* for program_invocation_short_name */
+#define _GNU_SOURCE /* for program_invocation_short_name and clone() */
 #include <fcntl.h>
 #include <getopt.h>
 #include <pthread.h>
@@ -18,6 +18,9 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <linux/sizes.h>
 
 #include "apic.h"
 #include "kvm_test_harness.h"
@@ -2328,7 +2331,253 @@ TEST(mode_refused)
 	xen_vm_free(x);
 }
 
+/* Whether the task is in an ioctl and off the CPU */
+static bool sleeps_in_ioctl(pid_t pid, pid_t tid)
+{
+	char path[64];
+	long nr = -1;
+	FILE *f;
+
+	snprintf(path, sizeof(path), "/proc/%d/task/%d/syscall", pid, tid);
+	/* It begins with the number of the system call, or is "running". */
+	f = fopen(path, "r");
+	if (f && fscanf(f, "%ld", &nr) != 1)
+		nr = -1;
+	if (f)
+		fclose(f);
+	return nr == SYS_ioctl;
+}
+
+static long remove_shared_info(struct xen_vm *x)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = KVM_XEN_INVALID_GFN,
+	});
+}
+
+static long move_shared_info(struct xen_vm *x)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = PAGE_GPA(TIME_INFO_PAGE) / PAGE_SIZE,
+	});
+}
+
+static long add_memslot(struct xen_vm *x)
+{
+	thread_add_memslot(x->vm);
+	return 0;
+}
+
+static struct {
+	struct xen_vm *x;
+	long (*fn)(struct xen_vm *x);
+	pid_t tid;
+	bool done;
+} caller;
+
+static void *thread_call(void *unused)
+{
+	WRITE_ONCE(caller.tid, syscall(SYS_gettid));
+	caller.fn(caller.x);
+	WRITE_ONCE(caller.done, true);
+	return NULL;
+}
+
+/* Does not return: the process is killed when its thread has waited or is done. */
+static void call_behind_worker(long (*fn)(struct xen_vm *x))
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	int fd = irqfd_create(x, 5, 0);
+	int uffd;
+
+	make_absent(x, SHINFO_PAGE);
+	/* Closed before the VM when the process ends. */
+	uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
+	eventfd_write(fd, 1);
+	uffd_wait_for_fault(uffd);
+
+	caller.x = x;
+	caller.fn = fn;
+	start_thread(thread_call, NULL);
+	wait_for(READ_ONCE(caller.done) ||
+		 (READ_ONCE(caller.tid) && sleeps_in_ioctl(getpid(), caller.tid)));
+	raise(SIGKILL);
+}
+
+/*
+ * A worker of an irqfd waits for a page that nobody provides.  An ioctl that waits for
+ * the worker does not keep the process from being killed; the end of the process ends
+ * the wait of the worker, too.
+ */
+TEST(stuck_worker)
+{
+	static long (* const fns[])(struct xen_vm *x) = {
+		remove_shared_info, move_shared_info, add_memslot,
+	};
+	static uint8_t page[PAGE_SIZE] __aligned(PAGE_SIZE);
+	int i, status;
+	pid_t pid;
+
+	/* Skips the case if there is no userfaultfd. */
+	close(uffd_register(page, PAGE_SIZE, 0));
+
+	for (i = 0; i < ARRAY_SIZE(fns); i++) {
+		pid = fork();
+		TEST_ASSERT(pid >= 0, "fork(): %s", strerror(errno));
+		if (!pid)
+			call_behind_worker(fns[i]);
+
+		__wait_for(waitpid(pid, &status, WNOHANG) == pid,
+			   "ioctl %d: the process is not dead after %d s", i, WAIT_LIMIT_SECS);
+		TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+			    "ioctl %d: expected a process killed by %d, got status %#x", i,
+			    SIGKILL, status);
+	}
+}
+
+/* Attributes that another task waits for while thread_set_shared_info() holds xen_lock */
+static long get_version(struct xen_vm *x)
+{
+	return (long)thread_get_version(x->vm);
+}
+
+static long set_mode(struct xen_vm *x)
+{
+	return (long)thread_set_long_mode(x->vm);
+}
+
+static long set_vm_vector(struct xen_vm *x)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = 0x20,
+	});
+}
+
+static long set_version(struct xen_vm *x)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_XEN_VERSION, .u.xen_version = 0x40011,
+	});
+}
+
+static long remove_shared_info_hva(struct xen_vm *x)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA,
+	});
+}
+
+static long assign_port(struct xen_vm *x)
+{
+	return set_send_port(x, 9, 0, 9, 0);
+}
+
+static long update_port(struct xen_vm *x)
+{
+	return set_send_port(x, 7, KVM_XEN_EVTCHN_UPDATE, 8, 0);
+}
+
+static long deassign_port(struct xen_vm *x)
+{
+	return set_send_port(x, 7, KVM_XEN_EVTCHN_DEASSIGN, 8, 0);
+}
+
+static long reset_ports(struct xen_vm *x)
+{
+	return set_send_port(x, 7, KVM_XEN_EVTCHN_RESET, 8, 0);
+}
+
+static long get_vcpu_id(struct xen_vm *x)
+{
+	struct kvm_xen_vcpu_attr attr = { .type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID };
+
+	return __vcpu_ioctl(x->vcpus[0], KVM_XEN_VCPU_GET_ATTR, &attr) ? errno : 0;
+}
+
+static long set_vcpu_id(struct xen_vm *x)
+{
+	return set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID, .u.vcpu_id = 5,
+	});
+}
+
+static long set_config(struct xen_vm *x)
+{
+	struct kvm_xen_hvm_config config = { .msr = XEN_HYPERCALL_MSR };
+
+	return __vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config) ? errno : 0;
+}
+
+static long set_hypercall_page(struct xen_vm *x)
+{
+	return _vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+}
+
+static void *thread_set_shared_info(void *x)
+{
+	set_shared_info(x);
+	return NULL;
+}
+
+static int process_call(void *unused)
+{
+	caller.fn(caller.x);
+	return 0;
+}
+
+/*
+ * A process that shares memory with the VM's process can be killed while it waits for
+ * xen_lock.  The ioctl that it was killed in has not changed anything.
+ */
+TEST(kill_waiter)
+{
+	static long (* const fns[])(struct xen_vm *x) = {
+		get_version, set_mode, set_vm_vector, set_version, remove_shared_info,
+		remove_shared_info_hva, assign_port, update_port, deassign_port, reset_ports,
+		get_vcpu_id, set_vcpu_id, set_config, set_hypercall_page,
+	};
+	static uint8_t stack[SZ_64K] __aligned(16);
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	int i, uffd, status;
+	pthread_t holder;
+	pid_t pid;
+
+	ASSERT_EQ(set_send_port(x, 7, 0, 8, 1), 0);
+	make_absent(x, SHINFO_PAGE);
+	uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
+	holder = start_thread(thread_set_shared_info, x);
+	uffd_wait_for_fault(uffd);
+
+	caller.x = x;
+	for (i = 0; i < ARRAY_SIZE(fns); i++) {
+		caller.fn = fns[i];
+		pid = clone(process_call, stack + sizeof(stack), CLONE_VM | CLONE_FILES | SIGCHLD,
+			    NULL);
+		TEST_ASSERT(pid > 0, "clone(): %s", strerror(errno));
+		wait_for(sleeps_in_ioctl(pid, pid));
+		TEST_ASSERT(!kill(pid, SIGKILL), "kill(): %s", strerror(errno));
+		__wait_for(waitpid(pid, &status, WNOHANG) == pid,
+			   "ioctl %d: the process is not dead after %d s", i, WAIT_LIMIT_SECS);
+	}
+
+	uffd_provide(uffd, shared_page(x, SHINFO_PAGE), NULL, PAGE_SIZE);
+	join_thread(holder, "SHARED_INFO");
+	close(uffd);
+
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_XEN_VERSION).u.xen_version, 0);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_UPCALL_VECTOR).u.vector, 0);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_SHARED_INFO).u.shared_info.gfn,
+		  PAGE_GPA(SHINFO_PAGE) / PAGE_SIZE);
+	/* Port 7 exists, and port 9 does not. */
+	ASSERT_EQ(set_send_port(x, 7, 0, 8, 1), EEXIST);
+	ASSERT_EQ(set_send_port(x, 9, KVM_XEN_EVTCHN_DEASSIGN, 9, 0), ENOENT);
+	xen_vm_free(x);
+}
+
 static uint64_t *watched_time;
+static unsigned long watch_rounds;
 static bool watch_stop, update_seen;
 
 static void *thread_watch_update(void *unused)
@@ -2336,6 +2585,7 @@ static void *thread_watch_update(void *unused)
 	while (!READ_ONCE(watch_stop)) {
 		if (READ_ONCE(*watched_time) & XEN_RUNSTATE_UPDATE)
 			WRITE_ONCE(update_seen, true);
+		WRITE_ONCE(watch_rounds, watch_rounds + 1);
 	}
 	return NULL;
 }
@@ -2344,6 +2594,7 @@ static void *thread_watch_update(void *unused)
 TEST(runstate_update_flag)
 {
 	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG };
+	unsigned long watched;
 	pthread_t watcher;
 	struct xen_vm *x;
 	int i, rounds;
@@ -2369,6 +2620,9 @@ TEST(runstate_update_flag)
 	attr.u.runstate_update_flag = 0;
 	ASSERT_EQ(set_vm_attr(x, attr), 0);
 	ASSERT_EQ(get_vm_attr(x, attr.type).u.runstate_update_flag, 0);
+	/* The watcher may still be about to report what it has read before. */
+	watched = READ_ONCE(watch_rounds);
+	wait_for(READ_ONCE(watch_rounds) > watched);
 	WRITE_ONCE(update_seen, false);
 	for (i = 0; i < rounds + nr_races * 10; i++) {
 		set_runstate_running(x->vcpus[0]);
