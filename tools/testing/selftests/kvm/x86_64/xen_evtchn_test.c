@@ -2420,6 +2420,8 @@ TEST(stuck_worker)
 	int i, status;
 	pid_t pid;
 
+	/* A kernel without this may leave a process behind that cannot be killed. */
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA);
 	/* Skips the case if there is no userfaultfd. */
 	close(uffd_register(page, PAGE_SIZE, 0));
 
@@ -2539,11 +2541,14 @@ TEST(kill_waiter)
 		get_vcpu_id, set_vcpu_id, set_config, set_hypercall_page,
 	};
 	static uint8_t stack[SZ_64K] __aligned(16);
-	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	struct xen_vm *x;
 	int i, uffd, status;
 	pthread_t holder;
 	pid_t pid;
 
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA);
+
+	x = xen_vm_create_with_vcpu_info(guest_nothing);
 	ASSERT_EQ(set_send_port(x, 7, 0, 8, 1), 0);
 	make_absent(x, SHINFO_PAGE);
 	uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
