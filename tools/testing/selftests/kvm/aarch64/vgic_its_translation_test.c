@@ -2662,7 +2662,7 @@ TEST(its_lock_held)
 
 #define MAX_EVENTS		65536
 #define SHARED_BITS		12
-#define SHARED_EVENTS		(1 << SHARED_BITS)
+#define SHARED_EVENTS		4096
 #define MAX_COLLECTIONS		(ITS_COLLECTION_TABLE_SIZE / 8)
 
 /*

@@ -2370,6 +2370,16 @@ static long add_memslot(struct xen_vm *x)
 	return 0;
 }
 
+static long deassign_port(struct xen_vm *x)
+{
+	return set_send_port(x, 7, KVM_XEN_EVTCHN_DEASSIGN, 8, 0);
+}
+
+static long reset_ports(struct xen_vm *x)
+{
+	return set_send_port(x, 7, KVM_XEN_EVTCHN_RESET, 8, 0);
+}
+
 static struct {
 	struct xen_vm *x;
 	long (*fn)(struct xen_vm *x);
@@ -2409,12 +2419,12 @@ static void call_behind_worker(long (*fn)(struct xen_vm *x))
 /*
  * A worker of an irqfd waits for a page that nobody provides.  An ioctl that waits for
  * the worker does not keep the process from being killed; the end of the process ends
- * the wait of the worker, too.
+ * the wait of the worker, too, because it releases the userfaultfd before the VM.
  */
 TEST(stuck_worker)
 {
 	static long (* const fns[])(struct xen_vm *x) = {
-		remove_shared_info, move_shared_info, add_memslot,
+		remove_shared_info, move_shared_info, add_memslot, deassign_port, reset_ports,
 	};
 	static uint8_t page[PAGE_SIZE] __aligned(PAGE_SIZE);
 	int i, status;
@@ -2479,16 +2489,6 @@ static long assign_port(struct xen_vm *x)
 static long update_port(struct xen_vm *x)
 {
 	return set_send_port(x, 7, KVM_XEN_EVTCHN_UPDATE, 8, 0);
-}
-
-static long deassign_port(struct xen_vm *x)
-{
-	return set_send_port(x, 7, KVM_XEN_EVTCHN_DEASSIGN, 8, 0);
-}
-
-static long reset_ports(struct xen_vm *x)
-{
-	return set_send_port(x, 7, KVM_XEN_EVTCHN_RESET, 8, 0);
 }
 
 static long get_vcpu_id(struct xen_vm *x)
@@ -2565,6 +2565,9 @@ TEST(kill_waiter)
 		TEST_ASSERT(!kill(pid, SIGKILL), "kill(): %s", strerror(errno));
 		__wait_for(waitpid(pid, &status, WNOHANG) == pid,
 			   "ioctl %d: the process is not dead after %d s", i, WAIT_LIMIT_SECS);
+		TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+			    "ioctl %d: expected a process killed by %d, got status %#x", i,
+			    SIGKILL, status);
 	}
 
 	uffd_provide(uffd, shared_page(x, SHINFO_PAGE), NULL, PAGE_SIZE);
