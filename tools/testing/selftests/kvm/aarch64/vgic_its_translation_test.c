@@ -2597,6 +2597,23 @@ static void guest_mapti_page(void)
 	its_send_mapti(&its[0], DEV_A, MANY_EVENT, 0, LPI_PAGE);
 }
 
+static struct {
+	int mapped, unmapped, mapti;
+	bool done;
+} its_lock_msis;
+
+static void *its_lock_msis_fn(void *unused)
+{
+	its_lock_msis.mapped = signal_msi(doorbell(&its[0]), DEV_A, 0);
+	its_lock_msis.unmapped = signal_msi(doorbell(&its[0]), DEV_A, 5);
+	its_lock_msis.mapti = signal_msi(doorbell(&its[0]), DEV_A, MANY_EVENT);
+	WRITE_ONCE(its_lock_msis.done, true);
+	return NULL;
+}
+
+/* Much longer than three MSIs take, and shorter than the time after which Linux panics */
+#define MSI_LIMIT_NS	10000000000ull
+
 /*
  * MAPTI reads the configuration of the LPI, and holds the its_lock meanwhile.  MSIs are
  * delivered and refused while MAPTI waits for the page.
@@ -2605,9 +2622,11 @@ TEST(its_lock_held)
 {
 	const struct result page = DELIVERED(LPI_PAGE, 0);
 	size_t size = getpagesize();
-	int fds[2], uffd, ret;
+	pthread_t thread, msis;
 	void *hva, *config;
-	pthread_t thread;
+	int fds[2], uffd;
+	uint64_t start;
+	bool done;
 
 	__TEST_REQUIRE(size <= LPI_PAGE - LPI_BASE, "needs pages of 16K or less");
 
@@ -2626,15 +2645,20 @@ TEST(its_lock_held)
 	thread = start_thread(run_vcpu_thread, vcpus[1]);
 	uffd_wait_for_fault(uffd);
 
-	ret = signal_msi(doorbell(&its[0]), DEV_A, 0);
-	TEST_ASSERT(ret == 1, "Mapped event: expected KVM_SIGNAL_MSI to return 1, got %d",
-		    ret);
-	ret = signal_msi(doorbell(&its[0]), DEV_A, 5);
-	TEST_ASSERT(ret == 0, "Unmapped event: expected KVM_SIGNAL_MSI to return 0, got %d",
-		    ret);
-	ret = signal_msi(doorbell(&its[0]), DEV_A, MANY_EVENT);
-	TEST_ASSERT(ret == 0,
-		    "Event of the MAPTI: expected KVM_SIGNAL_MSI to return 0, got %d", ret);
+	msis = start_thread(its_lock_msis_fn, NULL);
+	start = now_ns();
+	do {
+		done = READ_ONCE(its_lock_msis.done);
+	} while (!done && now_ns() - start < MSI_LIMIT_NS);
+	if (!done)
+		uffd_provide(uffd, hva, config, size);
+	join_thread(msis, "MSIs");
+	TEST_ASSERT(done, "Expected MSIs not to wait for MAPTI, they did for %llu s",
+		    MSI_LIMIT_NS / 1000000000);
+	TEST_ASSERT(its_lock_msis.mapped == 1 && !its_lock_msis.unmapped &&
+		    !its_lock_msis.mapti,
+		    "Mapped event, unmapped one, that of MAPTI: expected KVM_SIGNAL_MSI to return 1, 0, 0, got %d, %d, %d",
+		    its_lock_msis.mapped, its_lock_msis.unmapped, its_lock_msis.mapti);
 	write_eventfd(fds[0]);
 	check_injected("mapped event via irqfd", 2, 2, 0);
 	write_eventfd(fds[1]);
