@@ -822,17 +822,21 @@ TEST(two_its)
 	destroy_vm();
 }
 
+struct refused {
+	const char *name;
+	uint64_t doorbell;
+	uint32_t flags;
+	uint32_t device_id;
+	uint32_t event_id;
+	int ret;
+	/* In the trace */
+	const char *reason;
+};
+
 /* MSIs with an invalid doorbell, flag or ID */
 static void test_invalid_msi(bool warm)
 {
-	static const struct {
-		const char *name;
-		uint64_t doorbell;
-		uint32_t flags;
-		uint32_t device_id;
-		uint32_t event_id;
-		int ret;
-	} invalid[] = {
+	static const struct refused invalid[] = {
 #define ITS0		ITS_BASE_GPA
 #define DB0		(ITS0 + GITS_TRANSLATER)
 #define DEVID		KVM_MSI_VALID_DEVID
@@ -989,13 +993,18 @@ TEST(debugfs_no_vcpu)
 	kvm_vm_free(vm);
 }
 
+static void create_vm_no_its(void)
+{
+	vm = vm_create_with_vcpus(NR_VCPUS, guest_code, vcpus);
+	gic_fd = vgic_v3_setup(vm, NR_VCPUS, 64, GICD_BASE_GPA, GICR_BASE_GPA);
+	__TEST_REQUIRE(gic_fd >= 0, "GICv3 is not available");
+}
+
 TEST(no_its)
 {
 	int ret;
 
-	vm = vm_create_with_vcpus(NR_VCPUS, guest_code, vcpus);
-	gic_fd = vgic_v3_setup(vm, NR_VCPUS, 64, GICD_BASE_GPA, GICR_BASE_GPA);
-	__TEST_REQUIRE(gic_fd >= 0, "GICv3 is not available");
+	create_vm_no_its();
 
 	ret = signal_msi(ITS_BASE_GPA + GITS_TRANSLATER, DEV_A, 0);
 	TEST_ASSERT(ret == -ENODEV,
@@ -2430,10 +2439,13 @@ TEST(irq_line_lpi)
 static void trace_start(void)
 {
 	char pid[16];
+	int ret;
 
 	/* A case that failed can have left it. */
 	rmdir(TRACE);
-	__TEST_REQUIRE(!mkdir(TRACE, 0700) || errno != ENOENT, "needs tracefs");
+	ret = mkdir(TRACE, 0700);
+	__TEST_REQUIRE(!ret || errno != ENOENT, "needs tracefs");
+	TEST_ASSERT(!ret, "Failed to make %s, errno: %d", TRACE, errno);
 	snprintf(pid, sizeof(pid), "%d", getpid());
 	TEST_ASSERT(write_file(TRACE "/set_event_pid", pid),
 		    "Failed to write set_event_pid, errno: %d", errno);
@@ -2475,16 +2487,6 @@ static void check_trace(const char *what, const char *expected)
 	TEST_ASSERT(f, "Failed to clear the trace, errno: %d", errno);
 	fclose(f);
 }
-
-struct refused {
-	const char *name;
-	uint64_t doorbell;
-	uint32_t flags;
-	uint32_t device_id;
-	uint32_t event_id;
-	int ret;
-	const char *reason;
-};
 
 /* Raise an MSI by KVM_SIGNAL_MSI, and then via an irqfd. */
 static void check_refused(const struct refused *msi)
@@ -2571,9 +2573,7 @@ TEST(refused_no_its)
 		"no ITS", DB0, DEVID, DEV_A, 0, -ENODEV, "no ITS",
 	};
 
-	vm = vm_create_with_vcpus(NR_VCPUS, guest_code, vcpus);
-	gic_fd = vgic_v3_setup(vm, NR_VCPUS, 64, GICD_BASE_GPA, GICR_BASE_GPA);
-	__TEST_REQUIRE(gic_fd >= 0, "GICv3 is not available");
+	create_vm_no_its();
 
 	trace_start();
 	check_refused(&msi);
@@ -2611,7 +2611,7 @@ static void *its_lock_msis_fn(void *unused)
 	return NULL;
 }
 
-/* Much longer than three MSIs take, and shorter than the time after which Linux panics */
+/* Much longer than three MSIs take, and too short for Linux to find a hung task */
 #define MSI_LIMIT_NS	10000000000ull
 
 /*
@@ -2828,8 +2828,8 @@ static long slab_kib(void)
 #define MAX_EVENT_SIZE	4096
 
 /*
- * The memory of as many events as possible.  Each is the only one of its device, so it
- * needs nodes of its own in the xarray of ITEs.
+ * The memory of as many events as possible, which map one LPI.  Each is the only one of
+ * its device, so it needs nodes of its own in the xarray of ITEs.
  */
 TEST(event_memory)
 {
@@ -2950,6 +2950,8 @@ TEST(killed)
 	kill(pid, SIGKILL);
 	TEST_ASSERT(waitpid(pid, &status, 0) == pid, "waitpid() failed, errno: %d", errno);
 	ns = now_ns() - start;
+	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+		    "Expected a process killed by %d, got status %#x", SIGKILL, status);
 	TEST_ASSERT(ns < walk * CMDQ_NR_COMMANDS / 2,
 		    "Killed with %u commands of %lu us in the queue: expected less than %lu us, got %lu us",
 		    CMDQ_NR_COMMANDS, walk / 1000, walk * CMDQ_NR_COMMANDS / 2000, ns / 1000);

@@ -696,19 +696,9 @@ TEST_F(gate, neighbours)
 }
 
 /* Whether the task is in an ioctl and off the CPU, that is, really asleep. */
-static bool task_is_asleep(pid_t tid)
-{
-	char path[64], buf[256];
-
-	snprintf(path, sizeof(path), "/proc/%d/syscall", tid);
-	/* It begins with the number of the system call, or is "running". */
-	read_text(path, buf, sizeof(buf));
-	return strtol(buf, NULL, 10) == SYS_ioctl;
-}
-
 static bool is_asleep(struct thread *t)
 {
-	return task_is_asleep(t->tid);
+	return task_sleeps_in_ioctl(t->tid);
 }
 
 /*
@@ -1079,7 +1069,7 @@ TEST_F(gate, kill_remove)
 	victim = clone(remove_fn, stack + 16 * page_size, CLONE_VM | CLONE_FILES | SIGCHLD,
 		       NULL);
 	WINDOW_ASSERT(victim > 0, "clone(): %s", strerror(errno));
-	wait_for(task_is_asleep(victim));
+	wait_for(task_sleeps_in_ioctl(victim));
 	WINDOW_ASSERT(!kill(victim, SIGKILL), "kill(): %s", strerror(errno));
 	wait_for(waitpid(victim, &status, WNOHANG) == victim);
 	WINDOW_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
@@ -1539,6 +1529,15 @@ static void expect_events(unsigned long *word, const char *when)
 	TEST_ASSERT(get(word) == 0x6, "%s: expected 0x6 pending, got %#lx", when, get(word));
 }
 
+/* Drop the memory at @p, which has the shared_info, and send events to what replaces it. */
+static void expect_new_page(unsigned long *word, void *p, size_t size)
+{
+	TEST_ASSERT(!madvise(p, size, MADV_DONTNEED), "madvise(MADV_DONTNEED): %s",
+		    strerror(errno));
+	TEST_ASSERT(!get(word), "expected a new page to be zero, got %#lx", get(word));
+	expect_events(word, "dropped");
+}
+
 /* A second slot for @p, whose page @nr is the shared_info. */
 static unsigned long *set_shinfo_in_slot(void *p, size_t size, unsigned int nr)
 {
@@ -1603,10 +1602,7 @@ TEST_F(pfncache, hugetlb)
 	word = set_shinfo_in_slot(huge, SZ_2M, 1);
 	expect_events(word, "new");
 
-	TEST_ASSERT(!madvise(huge, SZ_2M, MADV_DONTNEED), "madvise(MADV_DONTNEED): %s",
-		    strerror(errno));
-	TEST_ASSERT(!get(word), "expected a new page to be zero, got %#lx", get(word));
-	expect_events(word, "dropped");
+	expect_new_page(word, huge, SZ_2M);
 
 	TEST_ASSERT(!mprotect(huge, SZ_2M, PROT_READ), "mprotect(): %s", strerror(errno));
 	expect_send(3, -EFAULT);
@@ -1629,10 +1625,7 @@ TEST_F(pfncache, address_zero)
 	create_vm(NR_PAGES);
 	word = set_shinfo_in_slot(p, page_size, 0);
 	expect_events(word, "new");
-	TEST_ASSERT(!madvise(p, page_size, MADV_DONTNEED), "madvise(MADV_DONTNEED): %s",
-		    strerror(errno));
-	TEST_ASSERT(!get(word), "expected a new page to be zero, got %#lx", get(word));
-	expect_events(word, "dropped");
+	expect_new_page(word, p, page_size);
 }
 
 /* The page moves to another address, and another page moves to its address. */

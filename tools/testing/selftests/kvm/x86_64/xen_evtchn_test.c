@@ -2331,23 +2331,6 @@ TEST(mode_refused)
 	xen_vm_free(x);
 }
 
-/* Whether the task is in an ioctl and off the CPU */
-static bool sleeps_in_ioctl(pid_t pid, pid_t tid)
-{
-	char path[64];
-	long nr = -1;
-	FILE *f;
-
-	snprintf(path, sizeof(path), "/proc/%d/task/%d/syscall", pid, tid);
-	/* It begins with the number of the system call, or is "running". */
-	f = fopen(path, "r");
-	if (f && fscanf(f, "%ld", &nr) != 1)
-		nr = -1;
-	if (f)
-		fclose(f);
-	return nr == SYS_ioctl;
-}
-
 static long remove_shared_info(struct xen_vm *x)
 {
 	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
@@ -2412,7 +2395,7 @@ static void call_behind_worker(long (*fn)(struct xen_vm *x))
 	caller.fn = fn;
 	start_thread(thread_call, NULL);
 	wait_for(READ_ONCE(caller.done) ||
-		 (READ_ONCE(caller.tid) && sleeps_in_ioctl(getpid(), caller.tid)));
+		 (READ_ONCE(caller.tid) && task_sleeps_in_ioctl(caller.tid)));
 	raise(SIGKILL);
 }
 
@@ -2561,7 +2544,7 @@ TEST(kill_waiter)
 		pid = clone(process_call, stack + sizeof(stack), CLONE_VM | CLONE_FILES | SIGCHLD,
 			    NULL);
 		TEST_ASSERT(pid > 0, "clone(): %s", strerror(errno));
-		wait_for(sleeps_in_ioctl(pid, pid));
+		wait_for(task_sleeps_in_ioctl(pid));
 		TEST_ASSERT(!kill(pid, SIGKILL), "kill(): %s", strerror(errno));
 		__wait_for(waitpid(pid, &status, WNOHANG) == pid,
 			   "ioctl %d: the process is not dead after %d s", i, WAIT_LIMIT_SECS);
