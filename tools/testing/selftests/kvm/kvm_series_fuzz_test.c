@@ -867,10 +867,10 @@ static void op_xen_vm_attr(struct thread *t)
 		KVM_XEN_ATTR_TYPE_EVTCHN, KVM_XEN_ATTR_TYPE_EVTCHN,
 		KVM_XEN_ATTR_TYPE_XEN_VERSION, KVM_XEN_ATTR_TYPE_EVTCHN_MODE,
 		KVM_XEN_ATTR_TYPE_FIFO_ARRAY, KVM_XEN_ATTR_TYPE_FIFO_ARRAY,
-		KVM_XEN_ATTR_TYPE_FIFO_PORT, KVM_XEN_ATTR_TYPE_FIFO_STATE,
-		KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG,
+		KVM_XEN_ATTR_TYPE_FIFO_PORT, KVM_XEN_ATTR_TYPE_FIFO_CONTROL,
+		KVM_XEN_ATTR_TYPE_FIFO_WAITING, KVM_XEN_ATTR_TYPE_RUNSTATE_UPDATE_FLAG,
 	};
-	struct kvm_xen_fifo_port_state states[64] = {};
+	static __thread struct kvm_xen_fifo_waiting waiting;
 	struct kvm_xen_hvm_attr a = { .type = one_in(t, 64) ? wild(t) : pick(t, types) };
 	int i;
 
@@ -914,20 +914,21 @@ static void op_xen_vm_attr(struct thread *t)
 		a.u.fifo_port.vcpu = one_in(t, 4) ? KVM_XEN_FIFO_NO_VCPU : near(t, NR_VCPUS);
 		a.u.fifo_port.priority = near(t, 16);
 		break;
-	case KVM_XEN_ATTR_TYPE_FIFO_STATE:
-		a.u.fifo_state.port = port(t);
-		a.u.fifo_state.nr = one_in(t, 16) ? 0 : 1 + rnd(t, ARRAY_SIZE(states));
-		a.u.fifo_state.states = one_in(t, 16) ? hva(t) : (uintptr_t)states;
-		for (i = 0; i < ARRAY_SIZE(states); i++) {
-			states[i].vcpu = one_in(t, 4) ? KVM_XEN_FIFO_NO_VCPU : rnd(t, NR_VCPUS);
-			states[i].last_vcpu = one_in(t, 4) ? KVM_XEN_FIFO_NO_VCPU :
-							     rnd(t, NR_VCPUS);
-			states[i].priority = rnd(t, 16);
-			states[i].last_priority = rnd(t, 16);
-			states[i].flags = one_in(t, 4);
+	case KVM_XEN_ATTR_TYPE_FIFO_CONTROL:
+		a.u.fifo_control.vcpu = near(t, NR_VCPUS);
+		a.u.fifo_control.gpa = gpa(t) & ~7ull;
+		break;
+	case KVM_XEN_ATTR_TYPE_FIFO_WAITING:
+		a.u.fifo_waiting = one_in(t, 16) ? hva(t) : (uintptr_t)&waiting;
+		memset(&waiting, 0, sizeof(waiting));
+		for (i = 0; i < 64; i++) {
+			waiting.unsent[port(t) % NR_PORTS / 64] |= 1ull << rnd(t, 64);
+			waiting.unqueued[port(t) % NR_PORTS / 64] |= 1ull << rnd(t, 64);
 		}
-		if (one_in(t, 16))
-			states[0].vcpu = wild(t);
+		if (!one_in(t, 16)) {
+			waiting.unsent[0] &= ~1ull;
+			waiting.unqueued[0] &= ~1ull;
+		}
 		break;
 	}
 
@@ -946,8 +947,7 @@ static void op_xen_vcpu_attr(struct thread *t)
 		KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR, KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_CURRENT,
 		KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_DATA, KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADJUST,
 		KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID, KVM_XEN_VCPU_ATTR_TYPE_TIMER,
-		KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
-		KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
+		KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
 	};
 	struct kvm_xen_vcpu_attr a = { .type = one_in(t, 64) ? wild(t) : pick(t, types) };
 	struct kvm_vcpu *vcpu = any_vcpu(t);
@@ -958,7 +958,6 @@ static void op_xen_vcpu_attr(struct thread *t)
 	case KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO:
 	case KVM_XEN_VCPU_ATTR_TYPE_VCPU_TIME_INFO:
 	case KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR:
-	case KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL:
 		a.u.gpa = one_in(t, 8) ? KVM_XEN_INVALID_GPA : gpa(t);
 		/* A runstate may cross the end of its page. */
 		if (a.type == KVM_XEN_VCPU_ATTR_TYPE_RUNSTATE_ADDR && one_in(t, 2))
@@ -1471,6 +1470,11 @@ static void complete_exit(struct thread *t, struct kvm_run *run)
 	}
 }
 
+static bool xen_has_fifo(void)
+{
+	return kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_FIFO;
+}
+
 /* Event channels that work, until the fuzzers change that */
 static void create_xen(struct thread *t)
 {
@@ -1478,7 +1482,7 @@ static void create_xen(struct thread *t)
 		.flags = KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL | KVM_XEN_HVM_CONFIG_EVTCHN_SEND,
 		.msr = XEN_MSR,
 	};
-	bool fifo = one_in(t, 2) && kvm_has_cap(KVM_CAP_XEN_EVTCHN_FIFO);
+	bool fifo = one_in(t, 2) && xen_has_fifo();
 	int i;
 
 	if (fifo)
@@ -1516,9 +1520,12 @@ static void create_xen(struct thread *t)
 			.u.gpa = WINDOW_GPA + (7 + i) * PAGE_BYTES + 4096 - 24,
 		});
 		if (fifo)
-			xen_set_vcpu_attr(vcpus[i], (struct kvm_xen_vcpu_attr) {
-				.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
-				.u.gpa = WINDOW_GPA + (4 + i) * PAGE_BYTES + 128,
+			xen_set_vm_attr(vm, (struct kvm_xen_hvm_attr) {
+				.type = KVM_XEN_ATTR_TYPE_FIFO_CONTROL,
+				.u.fifo_control = {
+					.vcpu = vcpus[i]->id,
+					.gpa = WINDOW_GPA + (4 + i) * PAGE_BYTES + 128,
+				},
 			});
 	}
 }

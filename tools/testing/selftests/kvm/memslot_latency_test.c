@@ -17,6 +17,9 @@
  *  - interrupts: the deletion of a slot cannot complete, because a vCPU holds kvm->srcu.
  *    Another vCPU, which accesses the slot, must take interrupts meanwhile (x86).
  *  - shmem, hugetlb: like wait, with other memory than anonymous memory.
+ *  - swap: like wait, without userfaultfd: the page is shared memory that has been swapped
+ *    out, and the swap device is suspended.
+ *  - frozen: the same with a page of a file, on a file system that is frozen.
  *  - ioeventfd: the vCPU holds kvm->srcu while it waits, because KVM updates the steal
  *    time in the page.  Adding ioeventfds must complete before the page arrives.
  *  - once: if no memslot changes meanwhile, the guest faults once, and not again when
@@ -36,6 +39,7 @@
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -45,6 +49,7 @@
 #include <asm/kvm_para.h>
 #endif
 
+#include <disk.h>
 #include <test_util.h>
 #include <kvm_test_harness.h>
 #include <kvm_util.h>
@@ -86,6 +91,7 @@
 static struct kvm_vm *vm;
 static struct kvm_vcpu *vcpu;
 static pthread_t vcpu_thread;
+static pid_t vcpu_tid;
 static size_t page_size, data_size;
 static void *data, *other;
 static int uffd;
@@ -102,6 +108,15 @@ static void guest_code(void)
 		GUEST_SYNC(READ_ONCE(*(uint64_t *)DATA_GPA));
 }
 
+/* To write to a file, the host needs more than the page. */
+static void guest_write(void)
+{
+	for (;;) {
+		WRITE_ONCE(*(uint64_t *)DATA_GPA, DATA_VALUE);
+		GUEST_SYNC(DATA_VALUE);
+	}
+}
+
 /* Run the vCPU for one access of the guest. */
 static void *vcpu_worker(void *unused)
 {
@@ -109,6 +124,7 @@ static void *vcpu_worker(void *unused)
 
 	run_errno = 0;
 	mmio_exit = false;
+	__atomic_store_n(&vcpu_tid, syscall(SYS_gettid), __ATOMIC_SEQ_CST);
 	for (;;) {
 		/* The exit reason is meaningless if KVM_RUN fails. */
 		if (__vcpu_run(vcpu)) {
@@ -218,10 +234,18 @@ static bool wait_for_change(unsigned int ms)
 	return !ret;
 }
 
+/* Ends the wait of the vCPU, if that is necessary to fail: TEST_ASSERT() needs mmap_lock. */
+static void (*end_wait)(void);
+
 static void make_change(struct change *c)
 {
+	bool done;
+
 	start_change(c);
-	TEST_ASSERT(wait_for_change(TIMEOUT_SECONDS * 1000),
+	done = wait_for_change(TIMEOUT_SECONDS * 1000);
+	if (!done && end_wait)
+		end_wait();
+	TEST_ASSERT(done,
 		    "%s: not complete after %d s, expected no wait for the vCPU's page",
 		    c->name, TIMEOUT_SECONDS);
 }
@@ -370,7 +394,27 @@ static bool is_possible(struct change *c)
 	       (c->make != split_other && c->make != merge_other);
 }
 
-static void test_wait(void)
+/* How a page is taken away and provided, and how the test knows that the vCPU waits */
+struct page_source {
+	void (*take)(void);
+	void (*wait)(void);
+	void (*provide)(void);
+};
+
+static const struct page_source uffd_source = { drop_page, wait_for_fault, provide_page };
+
+static void make_all_changes(uint64_t *ns[], int i)
+{
+	int j;
+
+	for (j = 0; j < ARRAY_SIZE(changes); j++) {
+		changes[j].ns = &ns[j][i];
+		if (is_possible(&changes[j]))
+			make_change(&changes[j]);
+	}
+}
+
+static void test_wait_for(const struct page_source *source)
 {
 	uint64_t *ns[ARRAY_SIZE(changes)];
 	int i, j;
@@ -380,19 +424,22 @@ static void test_wait(void)
 		TEST_ASSERT(ns[j], "calloc() failed");
 	}
 
-	drop_page();
+	/*
+	 * The first round lets the thread allocate what it needs: later on, the vCPU may
+	 * hold mmap_lock.
+	 */
+	make_all_changes(ns, 0);
+
+	source->take();
+	end_wait = source->provide;
 	start_access();
-	wait_for_fault();
+	source->wait();
 
-	for (i = 0; i < nr_changes; i++) {
-		for (j = 0; j < ARRAY_SIZE(changes); j++) {
-			changes[j].ns = &ns[j][i];
-			if (is_possible(&changes[j]))
-				make_change(&changes[j]);
-		}
-	}
+	for (i = 0; i < nr_changes; i++)
+		make_all_changes(ns, i);
 
-	provide_page();
+	end_wait = NULL;
+	source->provide();
 	finish_access("wait", DATA_VALUE);
 
 	for (j = 0; j < ARRAY_SIZE(changes); j++) {
@@ -402,6 +449,11 @@ static void test_wait(void)
 			ns[j][nr_changes - 1] / 1000);
 		free(ns[j]);
 	}
+}
+
+static void test_wait(void)
+{
+	test_wait_for(&uffd_source);
 }
 
 TEST_F(latency, wait)
@@ -432,6 +484,83 @@ TEST_F(backing, hugetlb)
 	delete_data();
 	munmap(mem, size);
 	add_huge_pages(-1);
+}
+
+/*
+ * Whether the vCPU waits in a way that signals cannot end.  It may hold mmap_lock: do not
+ * allocate memory.
+ */
+static bool vcpu_is_in_state_d(void)
+{
+	char path[64], text[64] = {}, *state;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/%d/stat",
+		 __atomic_load_n(&vcpu_tid, __ATOMIC_SEQ_CST));
+	fd = open(path, O_RDONLY);
+	if (fd < 0)
+		return false;
+	if (read(fd, text, sizeof(text) - 1) < 0)
+		*text = 0;
+	close(fd);
+	state = strrchr(text, ')');
+	return state && !strncmp(state, ") D", 3);
+}
+
+static void wait_for_state_d(void)
+{
+	wait_for(vcpu_is_in_state_d());
+}
+
+static void take_to_swap(void)
+{
+	page_out(data, page_size);
+	hold_swap();
+}
+
+TEST_F(backing, swap)
+{
+	static const struct page_source source = {
+		take_to_swap, wait_for_state_d, release_swap,
+	};
+	int fd;
+
+	swap_on();
+	fd = kvm_memfd_alloc(page_size, false);
+	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	TEST_ASSERT(data != MAP_FAILED, "mmap(): errno %d", errno);
+	*(uint64_t *)data = DATA_VALUE;
+	set_data_region(page_size);
+	test_wait_for(&source);
+	swap_off();
+}
+
+static int disk_fd;
+
+static void freeze(void)
+{
+	freeze_disk(disk_fd);
+}
+
+static void thaw(void)
+{
+	thaw_disk(disk_fd);
+}
+
+TEST_F(backing, frozen)
+{
+	static const struct page_source source = { freeze, wait_for_state_d, thaw };
+	struct kvm_vcpu *reader = vcpu;
+
+	disk_fd = create_disk_file(page_size);
+	data = mmap(NULL, page_size, PROT_READ | PROT_WRITE, MAP_SHARED, disk_fd, 0);
+	TEST_ASSERT(data != MAP_FAILED, "mmap(): errno %d", errno);
+	set_data_region(page_size);
+	vcpu = vm_vcpu_add(vm, 1, guest_write);
+	test_wait_for(&source);
+	TEST_ASSERT(*(uint64_t *)data == DATA_VALUE, "expected %#llx in the file, got %#lx",
+		    DATA_VALUE, *(uint64_t *)data);
+	vcpu = reader;
 }
 
 static struct kvm_userspace_memory_region data_region(uint32_t slot, uint64_t gpa,

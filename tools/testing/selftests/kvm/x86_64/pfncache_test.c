@@ -35,6 +35,7 @@
 #include <asm/kvm_para.h>
 #include <linux/sizes.h>
 
+#include "disk.h"
 #include "test_util.h"
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
@@ -67,6 +68,8 @@
 
 /* Arbitrarily chosen, in entries. */
 #define DIRTY_RING_SIZE		1024
+
+#define MPOL_MF_MOVE	2
 
 /* The C library may not have it yet. */
 #ifndef MADV_COLLAPSE
@@ -1454,20 +1457,6 @@ TEST_F(pfncache, ksm)
 	write_file("/sys/kernel/mm/ksm/run", "2");
 }
 
-static bool is_resident(void *p)
-{
-	unsigned char vec;
-
-	TEST_ASSERT(!mincore(p, page_size, &vec), "mincore(): %s", strerror(errno));
-	return vec & 1;
-}
-
-static void page_out(unsigned int nr, size_t size)
-{
-	TEST_ASSERT(!madvise(page(nr), size, MADV_PAGEOUT),
-		    "madvise(MADV_PAGEOUT): %s", strerror(errno));
-}
-
 /*
  * Reclaim drops pages that userspace has freed lazily, and keeps what KVM has written
  * to such a page.  The page after shared_info shows that reclaim has done its work.
@@ -1486,7 +1475,10 @@ TEST_F(pfncache, lazy_free)
 		    "madvise(MADV_FREE): %s", strerror(errno));
 	expect_send(1, 0);
 
-	wait_for(({ page_out(SHINFO_PAGE, 2 * page_size); !get(control); }));
+	wait_for(({
+		madvise(page(SHINFO_PAGE), 2 * page_size, MADV_PAGEOUT);
+		!get(control);
+	}));
 	TEST_ASSERT(shinfo_pending() == 0x2, "expected 0x2 pending, got %#lx",
 		    shinfo_pending());
 }
@@ -1513,10 +1505,206 @@ TEST_F(pfncache, read_only_shmem)
 	TEST_ASSERT(!get(p) && !get(control), "expected new pages to be zero");
 	expect_send(1, 0);
 
-	wait_for(({ page_out(SHINFO_PAGE, 2 * page_size); !is_resident(control); }));
+	wait_for(({
+		madvise(p, 2 * page_size, MADV_PAGEOUT);
+		!is_any_resident(control, page_size);
+	}));
 	TEST_ASSERT(shinfo_pending() == 0x2, "expected 0x2 pending, got %#lx",
 		    shinfo_pending());
 	close(fd);
+}
+
+/* The pages that KVM writes to */
+static const unsigned int kvm_pages[] = {
+	VCPU_INFO_PAGE, RUNSTATE_PAGE, CLOCK_PAGE, SHINFO_PAGE,
+};
+
+/* What was in these pages, and room for what is on the disk */
+static char *saved, *on_disk;
+
+static void create_vm_with_kvm_pages(void)
+{
+	size_t size = NR_PAGES * page_size;
+
+	create_vm(NR_PAGES);
+	saved = alloc_fresh(size);
+	on_disk = alloc_fresh(size);
+	set_vcpu_pages();
+	set_shinfo(SHINFO_PAGE);
+}
+
+/* Userspace only reads the pages, because its writes would make them dirty. */
+static void let_kvm_write(void)
+{
+	static struct kvm_clock_data clock;
+	static unsigned int port = 3;
+	unsigned int i;
+
+	/* Set the clock forward: otherwise the runstate may stay the same. */
+	clock.clock += 1000000000;
+	vm_ioctl(vm, KVM_SET_CLOCK, &clock);
+	vcpu_run(vcpu);
+	expect_send(port++, 0);
+	for (i = 0; i < ARRAY_SIZE(kvm_pages); i++) {
+		TEST_ASSERT(memcmp(saved + kvm_pages[i] * page_size, page(kvm_pages[i]), page_size),
+			    "page %u: expected KVM to write to it", kvm_pages[i]);
+		memcpy(saved + kvm_pages[i] * page_size, page(kvm_pages[i]), page_size);
+	}
+}
+
+static void expect_saved(const char *found, unsigned int round, const char *when)
+{
+	unsigned long *a, *b;
+	unsigned int i, j;
+
+	for (i = 0; i < ARRAY_SIZE(kvm_pages); i++) {
+		a = (void *)saved + kvm_pages[i] * page_size;
+		b = (void *)found + kvm_pages[i] * page_size;
+		for (j = 0; j < page_size / sizeof(*a); j++)
+			TEST_ASSERT(a[j] == b[j],
+				    "round %u, %s: page %u at %#lx: expected %#lx, got %#lx", round,
+				    when, kvm_pages[i], j * sizeof(*a), a[j], b[j]);
+	}
+}
+
+static void page_out_kvm_pages(void)
+{
+	unsigned int i;
+
+	for (i = 0; i < ARRAY_SIZE(kvm_pages); i++)
+		page_out(page(kvm_pages[i]), page_size);
+}
+
+/* Writes of KVM are not lost if the pages are swapped out.  In each second round, clean them. */
+TEST_F(pfncache, swap)
+{
+	size_t size = NR_PAGES * page_size;
+	unsigned int i, j;
+
+	swap_on();
+	create_vm_with_kvm_pages();
+	for (i = 0; i < 4; i++) {
+		if (i % 2) {
+			/* Make the PTEs writable first. */
+			for (j = 0; j < ARRAY_SIZE(kvm_pages); j++)
+				set(page(kvm_pages[j]), get(page(kvm_pages[j])));
+			TEST_ASSERT(!madvise(mem, size, MADV_FREE), "madvise(MADV_FREE): %s",
+				    strerror(errno));
+		}
+		let_kvm_write();
+		page_out_kvm_pages();
+		expect_saved(mem, i, "swapped out");
+	}
+	swap_off();
+}
+
+/* The same with shared memory, which is new in each second round and was only read. */
+TEST_F(pfncache, swap_shmem)
+{
+	size_t size = NR_PAGES * page_size;
+	int fd = memfd_create("pages", 0);
+	unsigned int i, j;
+
+	swap_on();
+	create_vm_with_kvm_pages();
+	TEST_ASSERT(fd >= 0 && !ftruncate(fd, size), "memfd: %s", strerror(errno));
+	TEST_ASSERT(mmap(mem, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == mem,
+		    "mmap(): %s", strerror(errno));
+	for (i = 0; i < 4; i++) {
+		if (i % 2) {
+			TEST_ASSERT(!fallocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0,
+					       size), "fallocate(): %s", strerror(errno));
+			for (j = 0; j < ARRAY_SIZE(kvm_pages); j++)
+				TEST_ASSERT(!get(page(kvm_pages[j])),
+					    "expected new pages to be zero");
+		}
+		let_kvm_write();
+		page_out_kvm_pages();
+		expect_saved(mem, i, "swapped out");
+	}
+	swap_off();
+	close(fd);
+}
+
+/* The memory of the slot is a file on a disk, and is up to date there. */
+static int map_disk_file(void)
+{
+	size_t size = NR_PAGES * page_size;
+	int fd = create_disk_file(size);
+
+	create_vm_with_kvm_pages();
+	TEST_ASSERT(mmap(mem, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) == mem,
+		    "mmap(): %s", strerror(errno));
+	return fd;
+}
+
+/* Writes of KVM to a file are written back, whoever cleans the pages in between. */
+TEST_F(pfncache, writeback)
+{
+	size_t size = NR_PAGES * page_size;
+	int fd = map_disk_file(), ret;
+	unsigned int i;
+
+	for (i = 0; i < 6; i++) {
+		let_kvm_write();
+		ret = i % 2 ? msync(mem, size, MS_SYNC) : fsync(fd);
+		TEST_ASSERT(!ret, "%s: %s", i % 2 ? "msync()" : "fsync()", strerror(errno));
+		read_disk_file(fd, on_disk, size);
+		expect_saved(on_disk, i, "on disk");
+		page_out_kvm_pages();
+		expect_saved(mem, i, "read from the disk");
+	}
+}
+
+static int disk_fd;
+
+static void sync_fn(struct thread *t)
+{
+	struct timespec delay = {};
+	unsigned int i = 0;
+
+	while (!__atomic_load_n(&sh->stop, __ATOMIC_SEQ_CST)) {
+		fsync(disk_fd);
+		/* Preempt the refreshing thread, at any place. */
+		delay.tv_nsec = 20000 + 100 * (i++ % 1000);
+		nanosleep(&delay, NULL);
+	}
+}
+
+/*
+ * Writeback cleans the page between its lookup by a refresh and the moment when the cache
+ * becomes valid.  A page that is marked dirty after that would never be written back again.
+ */
+TEST_F(gate, writeback_race)
+{
+	struct sched_param param = { .sched_priority = 1 };
+	size_t size = NR_PAGES * page_size;
+	unsigned int i, n = 0;
+	uint64_t retries;
+
+	disk_fd = map_disk_file();
+	pin(0);
+	pin_task(threads[0].tid, 0);
+	TEST_ASSERT(!sched_setscheduler(threads[0].tid, SCHED_FIFO, &param),
+		    "sched_setscheduler(): %s", strerror(errno));
+	sh->stop = false;
+	start(&threads[0], sync_fn);
+
+	for (i = 0; i < nr_rounds; i++) {
+		retries = vm_get_stat(vm, "pfncache_retry");
+		wait_for(({
+			set_shinfo(SHINFO_PAGE + n++ % 2);
+			vm_get_stat(vm, "pfncache_retry") > retries;
+		}));
+		set_shinfo(SHINFO_PAGE);
+		let_kvm_write();
+		TEST_ASSERT(!fsync(disk_fd), "fsync(): %s", strerror(errno));
+		read_disk_file(disk_fd, on_disk, size);
+		expect_saved(on_disk, i, "on disk");
+	}
+
+	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+	join(&threads[0]);
 }
 
 /* Send an event by the irqfd, which raises port 1, and by ioctl. */
@@ -1612,6 +1800,42 @@ TEST_F(pfncache, hugetlb)
 
 	TEST_ASSERT(!munmap(huge, SZ_2M), "munmap(): %s", strerror(errno));
 	expect_send(3, -EFAULT);
+}
+
+static bool has_two_nodes(void)
+{
+	return !access("/sys/devices/system/node/node1", F_OK);
+}
+
+/* Returns whether the page is on NUMA node @node now. */
+static bool move_page(void *p, int node)
+{
+	int status = -1;
+	long ret = syscall(SYS_move_pages, 0, 1ul, &p, &node, &status, MPOL_MF_MOVE);
+
+	TEST_ASSERT(ret >= 0, "move_pages(): %s", strerror(errno));
+	return status == node;
+}
+
+/* The page moves between NUMA nodes while KVM writes to it. */
+TEST_F(pfncache, migrate)
+{
+	unsigned int moved = 0;
+
+	__TEST_REQUIRE(has_two_nodes(), "needs two NUMA nodes (numa=fake=2)");
+	create_vm(NR_PAGES);
+	set_shinfo(SHINFO_PAGE);
+	sh->stop = false;
+	start(&threads[0], remap_fn);
+	wait_for(({
+		set(pending(SHINFO_PAGE), 0);
+		moved += move_page(page(SHINFO_PAGE), moved % 2);
+		wait_for(shinfo_pending() == 0x42);
+		moved >= nr_rounds;
+	}));
+	__atomic_store_n(&sh->stop, true, __ATOMIC_SEQ_CST);
+	join(&threads[0]);
+	expect_events(pending(SHINFO_PAGE), "moved");
 }
 
 /* User address 0 is an address like any other. */
@@ -2197,6 +2421,15 @@ static void invalidate_by_compaction(void)
 	write_file("/proc/sys/vm/compact_memory", "1");
 }
 
+/* From one NUMA node to the other */
+static void invalidate_by_migration(void)
+{
+	static int node;
+
+	node = !node;
+	move_page(page(SHINFO_PAGE), node);
+}
+
 /* How long a refresh spins, see KVM_GPC_SPIN_NS in virt/kvm/pfncache.c */
 #define SPIN_NS			10000
 
@@ -2244,6 +2477,7 @@ static void report_times(const char *op, const char *what, uint64_t *ns, unsigne
 	if (!n)
 		return;
 	printf("perf: %s_%s_median ns %lu\n", what, op, ns[n / 2]);
+	printf("perf: %s_%s_p90 ns %lu\n", what, op, ns[n * 90 / 100]);
 	printf("perf: %s_%s_p99 ns %lu\n", what, op, ns[n * 99 / 100]);
 	printf("perf: %s_%s_max ns %lu\n", what, op, ns[n - 1]);
 }
@@ -2268,6 +2502,7 @@ static void perf_waits(void)
 		{ "collapse", invalidate_by_split, invalidate_by_collapse, 50, true },
 		{ "fork", end_fork, invalidate_by_fork, 50 },
 		{ "munmap", prepare_munmap, invalidate_by_munmap, 5 },
+		{ "migration", NULL, invalidate_by_migration, 500 },
 		{ "ksm", prepare_ksm, invalidate_by_ksm, 5, false, true },
 		{ "compaction", NULL, invalidate_by_compaction, 20, false, true },
 	};
@@ -2277,6 +2512,7 @@ static void perf_waits(void)
 	samples = calloc(NR_SAMPLES, sizeof(*samples));
 	TEST_ASSERT(ns && samples, "calloc()");
 	__TEST_REQUIRE(has_gate, "needs statistics");
+	__TEST_REQUIRE(has_two_nodes(), "needs two NUMA nodes (numa=fake=2)");
 	setbuf(stdout, NULL);
 	create_vm((big_mib << 20) / page_size);
 

@@ -14,11 +14,16 @@
 #include <sched.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/wait.h>
+
+#include <linux/sizes.h>
 
 #include "apic.h"
+#include "disk.h"
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "uffd.h"
 #include "xen.h"
 
 #define UPCALL_VECTOR		0x30 /* arbitrarily chosen */
@@ -78,6 +83,7 @@ struct fifo_vm {
 	struct kvm_vm *vm;
 	struct kvm_vcpu *vcpus[NR_VCPUS];
 	uint8_t *shared;
+	uint32_t sent[64];	/* by sender_thread() */
 };
 
 static uint64_t nr_events = 300;
@@ -112,16 +118,21 @@ static uint32_t clear_linked(uint32_t *word)
 	return old;
 }
 
-/* Returns true if the port is pending, so that EVTCHNOP_unmask is needed. */
+/*
+ * Like Linux: a port that is pending stays masked.  Returns true then, because
+ * EVTCHNOP_unmask is needed.
+ */
 static bool clear_masked(uint32_t *word)
 {
 	uint32_t old = READ_ONCE(*word);
 
 	do {
+		if (old & PENDING)
+			return true;
 		old &= ~BUSY;
 	} while (!__atomic_compare_exchange_n(word, &old, old & ~MASKED, false,
 					      __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
-	return old & PENDING;
+	return false;
 }
 
 /* Returns the port of the next event in order of priority, or 0 if there is none. */
@@ -217,6 +228,18 @@ static void guest_main(uint64_t i)
 		guest_wait();
 	}
 	GUEST_DONE();
+}
+
+static void guest_lapic_upcall(struct ex_regs *regs)
+{
+	guest_upcall(regs);
+	x2apic_write_reg(APIC_EOI, 0);
+}
+
+static void guest_lapic_main(uint64_t i)
+{
+	x2apic_enable();
+	guest_main(i);
 }
 
 /* For each port in turn: mask, consume, unmask, and consume again. */
@@ -414,36 +437,61 @@ static int set_port(struct fifo_vm *f, uint32_t port, uint32_t vcpu_id,
 	});
 }
 
-static int set_states(struct fifo_vm *f, uint32_t port, uint32_t nr,
-		      struct kvm_xen_fifo_port_state *states)
+static int set_waiting(struct fifo_vm *f, struct kvm_xen_fifo_waiting *waiting)
 {
 	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_FIFO_STATE,
-		.u.fifo_state = {
-			.port = port, .nr = nr, .states = (uint64_t)states,
-		},
+		.type = KVM_XEN_ATTR_TYPE_FIFO_WAITING,
+		.u.fifo_waiting = (uint64_t)waiting,
 	});
 }
 
-static int get_states(struct fifo_vm *f, uint32_t port, uint32_t nr,
-		      struct kvm_xen_fifo_port_state *states)
+static int get_waiting(struct fifo_vm *f, struct kvm_xen_fifo_waiting *waiting)
 {
 	struct kvm_xen_hvm_attr attr = {
-		.type = KVM_XEN_ATTR_TYPE_FIFO_STATE,
-		.u.fifo_state = {
-			.port = port, .nr = nr, .states = (uint64_t)states,
-		},
+		.type = KVM_XEN_ATTR_TYPE_FIFO_WAITING,
+		.u.fifo_waiting = (uint64_t)waiting,
 	};
 
 	return get_vm_attr(f, &attr);
 }
 
+static void add_waiting(__u64 *bitmap, uint32_t port)
+{
+	bitmap[port / 64] |= BIT_ULL(port % 64);
+}
+
+static bool is_waiting(const __u64 *bitmap, uint32_t port)
+{
+	return bitmap[port / 64] & BIT_ULL(port % 64);
+}
+
+static uint32_t nr_waiting(const __u64 *bitmap)
+{
+	uint32_t port, nr = 0;
+
+	for (port = 0; port < NR_PORTS; port++)
+		nr += is_waiting(bitmap, port);
+	return nr;
+}
+
 static int set_control(struct fifo_vm *f, int i, uint64_t gpa)
 {
-	return set_vcpu_attr(f, i, (struct kvm_xen_vcpu_attr) {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
-		.u.gpa = gpa,
+	return set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_CONTROL,
+		.u.fifo_control = { .vcpu = f->vcpus[i]->id, .gpa = gpa },
 	});
+}
+
+static int get_control(struct fifo_vm *f, int i, uint64_t *gpa)
+{
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_CONTROL,
+		.u.fifo_control.vcpu = f->vcpus[i]->id,
+	};
+	int r = get_vm_attr(f, &attr);
+
+	*gpa = attr.u.fifo_control.gpa;
+	return r;
 }
 
 static uint64_t control_gpa(int i)
@@ -662,6 +710,13 @@ static void *sync_thread(void *vcpu)
 	return NULL;
 }
 
+/* Bind the port to a queue and send an event. */
+static void send_to(struct fifo_vm *f, uint32_t port, int i, uint32_t priority)
+{
+	ASSERT_EQ(set_port(f, port, f->vcpus[i]->id, priority), 0);
+	ASSERT_EQ(send_event(f, port, f->vcpus[i]->id, PRIO_2LEVEL), 0);
+}
+
 /* Tell the guest to stop, and wake up each vCPU by an event of the last port. */
 static void stop_guest(struct fifo_vm *f, pthread_t *threads, int nr)
 {
@@ -670,7 +725,7 @@ static void stop_guest(struct fifo_vm *f, pthread_t *threads, int nr)
 	WRITE_ONCE(*handled(f, 0), 1);
 	for (i = 0; i < nr; i++) {
 		wait_for(!(READ_ONCE(*word(f, NR_PORTS - 1)) & (PENDING | LINKED)));
-		ASSERT_EQ(send_event(f, NR_PORTS - 1, f->vcpus[i]->id, 0), 0);
+		send_to(f, NR_PORTS - 1, i, 0);
 		join_thread(threads[i], "consumer");
 	}
 }
@@ -710,6 +765,9 @@ static void test_ports_of(bool long_mode)
 	set_long_mode(f, long_mode);
 	for (port = 1; port < NR_PORTS; port++) {
 		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+		/* The vCPU completes the event if the host has moved a page. */
+		if (nr_queued(f, 0) != port)
+			run_immediate(f->vcpus[0]);
 		/* A second event of a pending port must not change anything. */
 		if (port % 1000 == 0)
 			ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
@@ -724,10 +782,6 @@ static void test_ports_of(bool long_mode)
 
 	for (port = 0; port < NR_PORTS; port++)
 		assert_word(f, port, 0);
-	/* An event is also slow if the host has moved a page that KVM needs for it. */
-	pr_info("ports: %lu events queued at the first attempt, %lu by an attempt that can sleep\n",
-		vcpu_get_stat(f->vcpus[0], "xen_fifo_fast"),
-		vcpu_get_stat(f->vcpus[0], "xen_fifo_slow"));
 	ASSERT_EQ(nr_queued(f, 0), NR_PORTS - 1);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 0);
 	fifo_vm_free(f);
@@ -813,14 +867,14 @@ TEST(priorities)
 	assert_next(&c, 0);
 
 	/* An event of higher priority overtakes a queue of lower priority. */
-	ASSERT_EQ(send_event(f, 1, id, 9), 0);
 	ASSERT_EQ(send_event(f, 2, id, 9), 0);
 	ASSERT_EQ(send_event(f, 3, id, 9), 0);
-	assert_next(&c, 1);
-	ASSERT_EQ(send_event(f, 4, id, 3), 0);
-	assert_next(&c, 4);
+	ASSERT_EQ(send_event(f, 4, id, 9), 0);
 	assert_next(&c, 2);
+	ASSERT_EQ(send_event(f, 5, id, 3), 0);
+	assert_next(&c, 5);
 	assert_next(&c, 3);
+	assert_next(&c, 4);
 	assert_next(&c, 0);
 	fifo_vm_free(f);
 }
@@ -851,11 +905,13 @@ static void producer_send(struct producer *p, int i, uint64_t round)
 		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
 		break;
 	case BY_PRIORITY:
-		ASSERT_EQ(send_event(f, port, f->vcpus[1]->id, round % 3), 0);
+		ASSERT_EQ(set_port(f, port, f->vcpus[1]->id, round % 3), 0);
+		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
 		break;
 	case BY_MOVING:
-		ASSERT_EQ(send_event(f, port, f->vcpus[round % NR_CONSUMERS]->id,
-				     (round / 2 + i) % NR_PRIORITIES), 0);
+		ASSERT_EQ(set_port(f, port, f->vcpus[round % NR_CONSUMERS]->id,
+				   (round / 2 + i) % NR_PRIORITIES), 0);
+		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
 		break;
 	case BY_IRQFD:
 		eventfd_write(p->fds[i], 1);
@@ -866,10 +922,15 @@ static void producer_send(struct producer *p, int i, uint64_t round)
 /* Fail because of a port that makes no progress, and print its state. */
 static void report_stall(struct fifo_vm *f, uint32_t port, uint64_t round)
 {
-	struct kvm_xen_fifo_port_state s;
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_PORT,
+		.u.fifo_port.port = port,
+	};
+	static struct kvm_xen_fifo_waiting waiting;
 	int i, j;
 
-	ASSERT_EQ(get_states(f, port, 1, &s), 0);
+	ASSERT_EQ(get_vm_attr(f, &attr), 0);
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
 	for (i = 0; i < NR_CONSUMERS; i++) {
 		pr_info("vCPU %d: upcall %u, ready %#x, heads", i,
 			vcpu_info(f, i)->evtchn_upcall_pending,
@@ -878,9 +939,10 @@ static void report_stall(struct fifo_vm *f, uint32_t port, uint64_t round)
 			pr_info(" %u", READ_ONCE(control(f, i)->head[j]));
 		pr_info("\n");
 	}
-	pr_info("word %#x, vCPU %u, priority %u, last vCPU %u, priority %u\n",
-		READ_ONCE(*word(f, port)), s.vcpu, s.priority, s.last_vcpu,
-		s.last_priority);
+	pr_info("word %#x, vCPU %u, priority %u, unsent %d, unqueued %d\n",
+		READ_ONCE(*word(f, port)), attr.u.fifo_port.vcpu,
+		attr.u.fifo_port.priority, is_waiting(waiting.unsent, port),
+		is_waiting(waiting.unqueued, port));
 	TEST_FAIL("port %u was handled %u times, expected %lu", port,
 		  READ_ONCE(*handled(f, port)), round);
 }
@@ -996,6 +1058,18 @@ static void assert_counts(struct fifo_vm *f, int nr)
 	}
 }
 
+static void set_vector(struct fifo_vm *f, int i, bool of_vm, uint8_t vector)
+{
+	if (of_vm)
+		ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
+			.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+		}), 0);
+	else
+		ASSERT_EQ(set_vcpu_attr(f, i, (struct kvm_xen_vcpu_attr) {
+			.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
+		}), 0);
+}
+
 static void vcpu_set_code(struct fifo_vm *f, int i, void *code)
 {
 	struct kvm_regs regs;
@@ -1005,15 +1079,21 @@ static void vcpu_set_code(struct fifo_vm *f, int i, void *code)
 	vcpu_regs_set(f->vcpus[i], &regs);
 }
 
-TEST(soak)
+static void test_soak(void *consumer, bool lapic_vector)
 {
 	static const int methods[] = {
 		BY_IOCTL, BY_PRIORITY, BY_MOVING, BY_IRQFD, BY_HYPERCALL,
 	};
-	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	struct fifo_vm *f = fifo_vm_create(consumer, SETUP_ALL);
 	pthread_t consumers[NR_CONSUMERS];
 	int i;
 
+	if (lapic_vector) {
+		set_vector(f, 0, true, 0);
+		for (i = 0; i < NR_CONSUMERS; i++)
+			set_vector(f, i, false, UPCALL_VECTOR);
+		vm_install_exception_handler(f->vm, UPCALL_VECTOR, guest_lapic_upcall);
+	}
 	vcpu_set_code(f, 2, guest_sender);
 	for (i = 0; i < NR_CONSUMERS; i++) {
 		vcpu_args_set(f->vcpus[i], 1, (uint64_t)i);
@@ -1026,6 +1106,17 @@ TEST(soak)
 	pr_info("soak: %lu events, none lost, none duplicated\n",
 		nr_events * ARRAY_SIZE(methods));
 	fifo_vm_free(f);
+}
+
+TEST(soak)
+{
+	test_soak(guest_main, false);
+}
+
+/* The upcall is a vector of each vCPU's local APIC. */
+TEST(soak_lapic)
+{
+	test_soak(guest_lapic_main, true);
 }
 
 TEST(mask)
@@ -1104,16 +1195,15 @@ TEST(moves)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
 	struct consumer c0 = host_consumer(f, 0), c1 = host_consumer(f, 1);
-	uint32_t id0 = f->vcpus[0]->id, id1 = f->vcpus[1]->id;
 
 	/* Move the consumed tail of one queue to another queue; both queues still work. */
-	ASSERT_EQ(send_event(f, 1, id0, 7), 0);
-	ASSERT_EQ(send_event(f, 2, id0, 7), 0);
+	send_to(f, 1, 0, 7);
+	send_to(f, 2, 0, 7);
 	assert_next(&c0, 1);
 	assert_next(&c0, 2);
-	ASSERT_EQ(send_event(f, 2, id1, 7), 0);
-	ASSERT_EQ(send_event(f, 3, id0, 7), 0);
-	ASSERT_EQ(send_event(f, 4, id1, 7), 0);
+	send_to(f, 2, 1, 7);
+	send_to(f, 3, 0, 7);
+	send_to(f, 4, 1, 7);
 	assert_next(&c0, 3);
 	assert_next(&c0, 0);
 	assert_next(&c1, 2);
@@ -1121,20 +1211,20 @@ TEST(moves)
 	assert_next(&c1, 0);
 
 	/* A port that is already queued stays in its queue. */
-	ASSERT_EQ(send_event(f, 5, id0, 7), 0);
-	ASSERT_EQ(send_event(f, 5, id1, 3), 0);
+	send_to(f, 5, 0, 7);
+	send_to(f, 5, 1, 3);
 	assert_next(&c1, 0);
 	assert_next(&c0, 5);
 	assert_next(&c0, 0);
 
 	/* Move ports to another priority, before and after their old queue is empty. */
-	ASSERT_EQ(send_event(f, 6, id0, 1), 0);
-	ASSERT_EQ(send_event(f, 7, id0, 1), 0);
+	send_to(f, 6, 0, 1);
+	send_to(f, 7, 0, 1);
 	assert_next(&c0, 6);
-	ASSERT_EQ(send_event(f, 6, id0, 2), 0);
+	send_to(f, 6, 0, 2);
 	assert_next(&c0, 7);
-	ASSERT_EQ(send_event(f, 7, id0, 2), 0);
-	ASSERT_EQ(send_event(f, 8, id0, 1), 0);
+	send_to(f, 7, 0, 2);
+	send_to(f, 8, 0, 1);
 	assert_next(&c0, 8);
 	assert_next(&c0, 6);
 	assert_next(&c0, 7);
@@ -1164,6 +1254,7 @@ TEST(absent)
 			if (linked) {
 				min_slow += pages[i / 2] == ARRAY_PAGE + 2;
 				ASSERT_EQ(send_event(f, tail, f->vcpus[0]->id, 7), 0);
+				run_immediate(f->vcpus[0]);
 				sent++;
 			}
 
@@ -1173,7 +1264,8 @@ TEST(absent)
 			else
 				ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
 			sent++;
-			wait_for(nr_queued(f, 0) >= sent);
+			run_immediate(f->vcpus[0]);
+			ASSERT_EQ(nr_queued(f, 0), sent);
 
 			if (linked)
 				assert_next(&c, tail);
@@ -1195,7 +1287,7 @@ TEST(absent)
 		min_slow += 5;
 		slow = vcpu_get_stat(f->vcpus[0], "xen_fifo_slow");
 		TEST_ASSERT(slow >= min_slow && slow <= sent,
-			    "%lu events were queued by an attempt that can sleep, expected %lu to %lu",
+			    "%lu events were queued by the vCPU, expected %lu to %lu",
 			    slow, min_slow, sent);
 		ASSERT_EQ(nr_queued(f, 0), sent);
 	}
@@ -1232,22 +1324,20 @@ TEST(upcall)
 }
 
 /*
- * An event is deferred until its vCPU runs after the array page was set.  An event for
- * a vCPU without control block is dropped.
+ * An event waits until its vCPU runs after the array page was set.  An event for a
+ * vCPU without control block is dropped.
  */
 TEST(deferred)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
 	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17, port2 = port1 + PORTS_PER_PAGE;
-	struct kvm_xen_fifo_port_state state = {
-		.vcpu = KVM_XEN_FIFO_NO_VCPU,
-		.priority = 3,
-		.last_vcpu = KVM_XEN_FIFO_NO_VCPU,
-	};
+	static struct kvm_xen_fifo_waiting waiting;
 	struct consumer c = host_consumer(f, 0);
 	uint32_t id = f->vcpus[0]->id;
 
 	ASSERT_EQ(send_event(f, port0, id, 7), 0);
+	assert_word(f, port0, 0);
+	run_immediate(f->vcpus[0]);
 	assert_word(f, port0, 0);
 	ASSERT_EQ(set_array_page(f, 0), 0);
 	run_immediate(f->vcpus[0]);
@@ -1268,54 +1358,152 @@ TEST(deferred)
 	assert_next(&c, port1);
 	assert_next(&c, 0);
 
-	/* While a VM is restored, an event can be sent before its port's state is set. */
+	/* An event that waits is discarded if its port is bound to no vCPU. */
 	ASSERT_EQ(send_event(f, port2, id, PRIO_2LEVEL), 0);
-	ASSERT_EQ(set_states(f, port2, 1, &state), 0);
-	ASSERT_EQ(get_states(f, port2, 1, &state), 0);
-	ASSERT_EQ(state.vcpu, id);
-	ASSERT_EQ(state.priority, 3);
-	ASSERT_EQ(state.flags, KVM_XEN_FIFO_PORT_PENDING);
+	ASSERT_EQ(set_port(f, port2, KVM_XEN_FIFO_NO_VCPU, 2), 0);
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
+	ASSERT_EQ(nr_waiting(waiting.unsent), 0);
+
+	/* The port is bound to another queue while its event waits. */
+	ASSERT_EQ(send_event(f, port2, f->vcpus[1]->id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
+	ASSERT_EQ(nr_waiting(waiting.unsent), 1);
+	ASSERT_EQ(nr_waiting(waiting.unqueued), 0);
+	ASSERT_EQ(is_waiting(waiting.unsent, port2), 1);
 	ASSERT_EQ(set_array_page(f, 2), 0);
+	ASSERT_EQ(set_port(f, port2, id, 3), 0);
+	run_immediate(f->vcpus[1]);
+	assert_word(f, port2, 0);
 	run_immediate(f->vcpus[0]);
 	assert_word(f, port2, PENDING | LINKED);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(3));
 	assert_next(&c, port2);
 	assert_next(&c, 0);
 	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_dropped"), 1);
-	/* One event of each port was queued; two of these events had been deferred. */
+	/* One event of each port was queued; two of these events had been waiting. */
 	ASSERT_EQ(nr_queued(f, 0), 3);
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "xen_fifo_slow"), 2);
 	fifo_vm_free(f);
 }
 
-static void copy_state(struct fifo_vm *from, struct fifo_vm *to)
+/*
+ * An event that could not be queued, because the control block was absent, is not sent
+ * again after the guest has found and handled it.
+ */
+TEST(once)
 {
-	struct kvm_xen_fifo_port_state states[KVM_XEN_FIFO_STATE_MAX];
-	struct kvm_xen_vcpu_attr attr;
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	static struct kvm_xen_fifo_waiting waiting;
+	struct consumer c = host_consumer(f, 0);
+	uint32_t port = 30, id = f->vcpus[0]->id;
+	int by, fd;
+
+	irqfds_create(f, &port, 1, 0, 7, &fd);
+	for (by = 0; by < 2; by++) {
+		make_absent(f, CONTROL_PAGE);
+		if (by)
+			eventfd_write(fd, 1);
+		else
+			ASSERT_EQ(send_event(f, port, id, 7), 0);
+		assert_word(f, port, PENDING);
+		ASSERT_EQ(get_waiting(f, &waiting), 0);
+		ASSERT_EQ(nr_waiting(waiting.unsent), 0);
+		ASSERT_EQ(nr_waiting(waiting.unqueued), 1);
+		ASSERT_EQ(is_waiting(waiting.unqueued, port), 1);
+
+		/* The guest finds PENDING, as if it had polled the port. */
+		__atomic_fetch_and(word(f, port), ~PENDING, __ATOMIC_SEQ_CST);
+		run_immediate(f->vcpus[0]);
+		assert_word(f, port, 0);
+		assert_next(&c, 0);
+		ASSERT_EQ(get_waiting(f, &waiting), 0);
+		ASSERT_EQ(nr_waiting(waiting.unqueued), 0);
+		ASSERT_EQ(nr_queued(f, 0), 0);
+	}
+	irqfds_destroy(f, 1, &fd);
+	fifo_vm_free(f);
+}
+
+/* The attribute decides where the events of a port go, not the event. */
+TEST(target)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	struct consumer c0 = host_consumer(f, 0), c1 = host_consumer(f, 1);
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_PORT,
+		.u.fifo_port.port = 50,
+	};
+	uint32_t port = 50;
+	int fd;
+
+	/* The irqfd has the route of the port's old vCPU. */
+	irqfds_create(f, &port, 1, 0, 4, &fd);
+	eventfd_write(fd, 1);
+	ASSERT_EQ(get_vm_attr(f, &attr), 0);
+	ASSERT_EQ(attr.u.fifo_port.vcpu, f->vcpus[0]->id);
+	ASSERT_EQ(attr.u.fifo_port.priority, 4);
+	ASSERT_EQ(READ_ONCE(c0.control->ready), BIT(4));
+	assert_next(&c0, port);
+
+	ASSERT_EQ(set_port(f, port, f->vcpus[1]->id, 2), 0);
+	eventfd_write(fd, 1);
+	assert_next(&c0, 0);
+	ASSERT_EQ(READ_ONCE(c1.control->ready), BIT(2));
+	assert_next(&c1, port);
+	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 4), 0);
+	assert_next(&c0, 0);
+	ASSERT_EQ(READ_ONCE(c1.control->ready), BIT(2));
+	assert_next(&c1, port);
+	ASSERT_EQ(get_vm_attr(f, &attr), 0);
+	ASSERT_EQ(attr.u.fifo_port.vcpu, f->vcpus[1]->id);
+	ASSERT_EQ(attr.u.fifo_port.priority, 2);
+
+	/* A port without vCPU: the next event decides. */
+	ASSERT_EQ(set_port(f, port, KVM_XEN_FIFO_NO_VCPU, 9), 0);
+	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+	ASSERT_EQ(READ_ONCE(c0.control->ready), BIT(9));
+	assert_next(&c0, port);
+	irqfds_destroy(f, 1, &fd);
+	fifo_vm_free(f);
+}
+
+static void copy_port(struct fifo_vm *from, struct fifo_vm *to, uint32_t port)
+{
+	struct kvm_xen_hvm_attr attr = {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_PORT,
+		.u.fifo_port.port = port,
+	};
+
+	ASSERT_EQ(get_vm_attr(from, &attr), 0);
+	ASSERT_EQ(set_vm_attr(to, attr), 0);
+}
+
+static void copy_state(struct fifo_vm *from, struct fifo_vm *to, const uint32_t *ports,
+		       int nr_ports)
+{
+	static struct kvm_xen_fifo_waiting waiting;
+	struct kvm_xen_vcpu_attr tails;
 	struct kvm_xen_hvm_attr page;
-	uint32_t port, nr;
+	uint64_t gpa;
 	int i;
 
 	/* Reading the tails may write to guest memory, so copy the memory after that. */
 	ASSERT_EQ(set_mode(to, KVM_XEN_EVTCHN_MODE_FIFO), 0);
 	for (i = 0; i < NR_CONSUMERS; i++) {
-		attr = (struct kvm_xen_vcpu_attr) {
-			.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
-		};
-		ASSERT_EQ(get_vcpu_attr(from, i, &attr), 0);
-		ASSERT_EQ(attr.u.gpa, control_gpa(i));
-		ASSERT_EQ(set_vcpu_attr(to, i, attr), 0);
+		ASSERT_EQ(get_control(from, i, &gpa), 0);
+		ASSERT_EQ(gpa, control_gpa(i));
+		ASSERT_EQ(set_control(to, i, gpa), 0);
 
-		attr = (struct kvm_xen_vcpu_attr) {
+		tails = (struct kvm_xen_vcpu_attr) {
 			.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
 		};
-		ASSERT_EQ(get_vcpu_attr(from, i, &attr), 0);
-		ASSERT_EQ(set_vcpu_attr(to, i, attr), 0);
+		ASSERT_EQ(get_vcpu_attr(from, i, &tails), 0);
+		ASSERT_EQ(set_vcpu_attr(to, i, tails), 0);
 	}
-	for (port = 1; port < NR_PORTS; port += nr) {
-		nr = min_t(uint32_t, NR_PORTS - port, KVM_XEN_FIFO_STATE_MAX);
-		ASSERT_EQ(get_states(from, port, nr, states), 0);
-		ASSERT_EQ(set_states(to, port, nr, states), 0);
-	}
+	ASSERT_EQ(get_waiting(from, &waiting), 0);
+	ASSERT_EQ(set_waiting(to, &waiting), 0);
+	for (i = 0; i < nr_ports; i++)
+		copy_port(from, to, ports[i]);
 	memcpy(to->shared, from->shared, NR_SHARED_PAGES * PAGE_SIZE);
 	for (i = 0; i < NR_ARRAY_PAGES; i++) {
 		page = (struct kvm_xen_hvm_attr) {
@@ -1350,7 +1538,7 @@ TEST(migration)
 	ASSERT_EQ(send_event(from, last, id, 9), 0);
 	ASSERT_EQ(send_event(from, 88, from->vcpus[1]->id, 0), 0);
 
-	copy_state(from, to);
+	copy_state(from, to, &last, 1);
 	fifo_vm_free(from);
 	moved = host_consumer(to, 0);
 	moved.ready = c.ready;
@@ -1388,11 +1576,11 @@ TEST(migration_of_consumed_tail)
 	assert_next(&c, 1);
 	assert_next(&c, 0);
 
-	copy_state(from, to);
+	copy_state(from, to, NULL, 0);
 	fifo_vm_free(from);
 	c = host_consumer(to, 0);
 
-	/* Without last_vcpu, KVM would link port 2 to port 1, which is in another queue. */
+	/* If KVM did not know that port 1 is a tail, it would link port 2 to port 1. */
 	ASSERT_EQ(send_event(to, 1, to->vcpus[1]->id, 7), 0);
 	ASSERT_EQ(send_event(to, 2, id, 7), 0);
 	assert_next(&c, 2);
@@ -1416,7 +1604,7 @@ TEST(migration_no_vcpu_info)
 	ASSERT_EQ(send_event(from, 55, from->vcpus[0]->id, 7), 0);
 	for (i = 0; i < NR_CONSUMERS; i++)
 		set_vcpu_info(to, i, GPA_INVALID);
-	copy_state(from, to);
+	copy_state(from, to, NULL, 0);
 	fifo_vm_free(from);
 
 	ASSERT_EQ(vcpu_info(to, 0)->evtchn_upcall_pending, 0);
@@ -1487,18 +1675,20 @@ enum {
 	RESTORE_MODE,
 	RESTORE_CONTROL,
 	RESTORE_TAILS,
-	RESTORE_STATE,
+	RESTORE_PORT,
+	RESTORE_WAITING,
 	RESTORE_ARRAY,
 	NR_RESTORE_STEPS,
 };
 
 static const char *const restore_steps[] = {
 	"memory", "SHARED_INFO", "VCPU_INFO", "UPCALL_VECTOR", "LAPIC", "TIMER",
-	"EVTCHN_MODE", "FIFO_CONTROL", "FIFO_TAILS", "FIFO_STATE", "FIFO_ARRAY",
+	"EVTCHN_MODE", "FIFO_CONTROL", "FIFO_TAILS", "FIFO_PORT", "FIFO_WAITING",
+	"FIFO_ARRAY",
 };
 
 /*
- * In the saved VM, one event is in a queue, one is deferred, and the timer may expire.
+ * In the saved VM, one event is in a queue, one is waiting, and the timer may expire.
  * The last port gets an event after the restore.
  */
 #define QUEUED_PORT		10
@@ -1515,18 +1705,6 @@ struct saved_vm {
 	uint8_t memory[NR_SAVED_PAGES * PAGE_SIZE];
 };
 
-static void set_vector(struct fifo_vm *f, bool of_vm, uint8_t vector)
-{
-	if (of_vm)
-		ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
-			.type = KVM_XEN_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
-		}), 0);
-	else
-		ASSERT_EQ(set_vcpu_attr(f, 0, (struct kvm_xen_vcpu_attr) {
-			.type = KVM_XEN_VCPU_ATTR_TYPE_UPCALL_VECTOR, .u.vector = vector,
-		}), 0);
-}
-
 static void set_shared_info(struct fifo_vm *f, uint64_t gfn)
 {
 	ASSERT_EQ(set_vm_attr(f, (struct kvm_xen_hvm_attr) {
@@ -1537,16 +1715,7 @@ static void set_shared_info(struct fifo_vm *f, uint64_t gfn)
 static void restore_step(struct fifo_vm *f, struct saved_vm *saved, int step)
 {
 	struct kvm_xen_vcpu_attr tails = { .type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS };
-	struct kvm_xen_fifo_port_state states[2] = {
-		{
-			.vcpu = f->vcpus[0]->id, .priority = DEFAULT_PRIORITY,
-			.last_vcpu = f->vcpus[0]->id, .last_priority = DEFAULT_PRIORITY,
-		}, {
-			.vcpu = f->vcpus[0]->id, .priority = DEFAULT_PRIORITY,
-			.last_vcpu = KVM_XEN_FIFO_NO_VCPU,
-			.flags = KVM_XEN_FIFO_PORT_PENDING,
-		},
-	};
+	static struct kvm_xen_fifo_waiting waiting;
 
 	switch (step) {
 	case RESTORE_MEMORY:
@@ -1559,7 +1728,7 @@ static void restore_step(struct fifo_vm *f, struct saved_vm *saved, int step)
 		set_vcpu_info(f, 0, PAGE_GPA(VCPU_INFO_PAGE));
 		break;
 	case RESTORE_VECTOR:
-		set_vector(f, saved->vm_vector, UPCALL_VECTOR);
+		set_vector(f, 0, saved->vm_vector, UPCALL_VECTOR);
 		break;
 	case RESTORE_LAPIC:
 		vcpu_ioctl(f->vcpus[0], KVM_SET_LAPIC, &saved->lapic);
@@ -1584,9 +1753,13 @@ static void restore_step(struct fifo_vm *f, struct saved_vm *saved, int step)
 		tails.u.fifo_tails[DEFAULT_PRIORITY] = QUEUED_PORT;
 		ASSERT_EQ(set_vcpu_attr(f, 0, tails), 0);
 		break;
-	case RESTORE_STATE:
-		ASSERT_EQ(set_states(f, QUEUED_PORT, 1, &states[0]), 0);
-		ASSERT_EQ(set_states(f, DEFERRED_PORT, 1, &states[1]), 0);
+	case RESTORE_PORT:
+		ASSERT_EQ(set_port(f, DEFERRED_PORT, f->vcpus[0]->id,
+				   DEFAULT_PRIORITY), 0);
+		break;
+	case RESTORE_WAITING:
+		add_waiting(waiting.unsent, DEFERRED_PORT);
+		ASSERT_EQ(set_waiting(f, &waiting), 0);
 		break;
 	case RESTORE_ARRAY:
 		ASSERT_EQ(set_array_page(f, 0), 0);
@@ -1600,8 +1773,8 @@ static void undo_restore(struct fifo_vm *f)
 	struct kvm_lapic_state lapic;
 	uint32_t *spiv = (void *)&lapic.regs[APIC_SPIV];
 
-	set_vector(f, false, 0);
-	set_vector(f, true, 0);
+	set_vector(f, 0, false, 0);
+	set_vector(f, 0, true, 0);
 	vcpu_ioctl(f->vcpus[0], KVM_GET_LAPIC, &lapic);
 	*spiv &= ~APIC_SPIV_APIC_ENABLED;
 	vcpu_ioctl(f->vcpus[0], KVM_SET_LAPIC, &lapic);
@@ -1757,6 +1930,65 @@ TEST(reset)
 	fifo_vm_free(f);
 }
 
+static void *sender_thread(void *data)
+{
+	struct fifo_vm *f = data;
+	uint32_t port = 1;
+
+	/* A port that is pending in the bitmap or in its word has been handled by nobody. */
+	for (; !READ_ONCE(*handled(f, 0)); port = port % 63 + 1) {
+		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, PRIO_2LEVEL), 0);
+		__atomic_fetch_add(&f->sent[port], 1, __ATOMIC_SEQ_CST);
+	}
+	return NULL;
+}
+
+/*
+ * Change the mode while events are sent.  When the ioctl returns, the bitmap of the old
+ * mode contains every event that is not in the new mode: no event is lost if userspace
+ * transfers them.
+ */
+TEST(mode_switch)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, 0);
+	uint64_t *pending = shared_page(f, SHINFO_PAGE) + XEN_SHINFO_PENDING;
+	struct consumer c;
+	uint64_t i, bits;
+	pthread_t thread;
+	uint32_t port;
+
+	for (i = 0; i < nr_events / 10 + 1; i++) {
+		memset(f->shared, 0, NR_SHARED_PAGES * PAGE_SIZE);
+		memset(f->sent, 0, sizeof(f->sent));
+		thread = start_thread(sender_thread, f);
+		wait_for(READ_ONCE(f->sent[i % 63 + 1]));
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_FIFO), 0);
+
+		bits = __atomic_exchange_n(pending, 0, __ATOMIC_SEQ_CST);
+		ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+		ASSERT_EQ(set_array_page(f, 0), 0);
+		for (port = 1; port < 64; port++) {
+			if (bits & BIT_ULL(port))
+				ASSERT_EQ(send_event(f, port, f->vcpus[0]->id,
+						     PRIO_2LEVEL), 0);
+		}
+		WRITE_ONCE(*handled(f, 0), 1);
+		join_thread(thread, "sender");
+		ASSERT_EQ(READ_ONCE(*pending), 0);
+
+		run_immediate(f->vcpus[0]);
+		c = host_consumer(f, 0);
+		while ((port = consume(&c)))
+			f->sent[port] = 0;
+		for (port = 1; port < 64; port++)
+			TEST_ASSERT(!f->sent[port],
+				    "round %lu: port %u was sent %u times, but is not pending",
+				    i, port, f->sent[port]);
+		ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL), 0);
+	}
+	fifo_vm_free(f);
+}
+
 static void *reset_thread(void *data)
 {
 	struct fifo_vm *f = data;
@@ -1807,6 +2039,13 @@ TEST(poll)
 	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
 	join_thread(thread, "SCHEDOP_poll");
 	assert_word(f, port, PENDING | MASKED);
+
+	/* A change of the mode ends a poll, too. */
+	*word(f, port) = 0;
+	thread = start_thread(sync_thread, f->vcpus[0]);
+	wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
+	ASSERT_EQ(set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL), 0);
+	join_thread(thread, "SCHEDOP_poll");
 	fifo_vm_free(f);
 }
 
@@ -1821,20 +2060,14 @@ static void set_timer(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer,
 	run_immediate(f->vcpus[0]);
 }
 
-/*
- * Returns true if the timer's interrupt has queued the event.  If the host moves a
- * page at that moment, the interrupt leaves the event to the vCPU.  The vCPU does not
- * run in this case of the test, so set the timer again.
- */
-static bool timer_has_queued(struct fifo_vm *f, struct kvm_xen_vcpu_attr *timer)
+/* The vCPU completes the event if the host has moved a page. */
+static bool timer_is_waiting(struct fifo_vm *f)
 {
-	uint64_t now = xen_guest_clock(f->vm);
+	static struct kvm_xen_fifo_waiting waiting;
 
-	if (READ_ONCE(*word(f, TIMER_PORT)) == (PENDING | LINKED))
-		return true;
-	if (now > timer->u.timer.expires_ns + NSEC_PER_SEC)
-		set_timer(f, timer, now + 1000000);
-	return false;
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
+	return is_waiting(waiting.unsent, TIMER_PORT) ||
+	       is_waiting(waiting.unqueued, TIMER_PORT);
 }
 
 TEST(timer)
@@ -1856,8 +2089,10 @@ TEST(timer)
 
 	/* The interrupt delivers the event.  Stopping the timer waits for the interrupt. */
 	set_timer(f, &timer, xen_guest_clock(f->vm) + 1000000);
-	wait_for(timer_has_queued(f, &timer));
+	wait_for(READ_ONCE(*word(f, TIMER_PORT)) == (PENDING | LINKED) ||
+		 timer_is_waiting(f));
 	set_timer(f, &timer, 0);
+	run_immediate(f->vcpus[0]);
 	assert_word(f, TIMER_PORT, PENDING | LINKED);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(2));
 	/* If the host moved the vcpu_info, KVM recorded the upcall; this writes it. */
@@ -1884,6 +2119,59 @@ TEST(timer)
 	fifo_vm_free(f);
 }
 
+/* Timers whose events are for another vCPU expire while the VM is destroyed. */
+TEST(timer_destroy)
+{
+	struct kvm_xen_vcpu_attr timer = {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
+		.u.timer = { .port = TIMER_PORT, .priority = 2 },
+	};
+	struct fifo_vm *f;
+	int i;
+
+	for (i = 0; i < 10; i++) {
+		f = fifo_vm_create(guest_nothing, SETUP_MODE | SETUP_CONTROL);
+		ASSERT_EQ(set_array_page(f, TIMER_PORT / PORTS_PER_PAGE), 0);
+		/* The vCPU with the lower index is freed first. */
+		ASSERT_EQ(set_port(f, TIMER_PORT, f->vcpus[0]->id, 2), 0);
+		timer.u.timer.expires_ns = xen_guest_clock(f->vm) + 2000000 * (i + 1);
+		ASSERT_EQ(set_vcpu_attr(f, 1, timer), 0);
+		/* KVM_RUN starts the timer. */
+		run_immediate(f->vcpus[1]);
+		fifo_vm_free(f);
+	}
+}
+
+/* A halted vCPU completes an event when the memslot of its control block comes back. */
+TEST(memslots)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	static struct kvm_xen_fifo_waiting waiting;
+	uint32_t port = 60;
+	pthread_t thread;
+
+	/* The vcpu_info has a user address, so that the vCPU does not need the memslot. */
+	ASSERT_EQ(set_vcpu_attr(f, 0, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO_HVA,
+		.u.hva = (uint64_t)vcpu_info(f, 0),
+	}), 0);
+	vcpu_args_set(f->vcpus[0], 1, 0ul);
+	thread = start_thread(vcpu_thread, f->vcpus[0]);
+	wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
+
+	vm_mem_region_move(f->vm, SHARED_SLOT, SHARED_GPA + NR_SHARED_PAGES * PAGE_SIZE);
+	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+	/* The vCPU has tried, and blocks again. */
+	wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
+	ASSERT_EQ(is_waiting(waiting.unsent, port), 1);
+	vm_mem_region_move(f->vm, SHARED_SLOT, SHARED_GPA);
+	wait_for(READ_ONCE(*handled(f, port)) == 1);
+
+	stop_guest(f, &thread, 1);
+	fifo_vm_free(f);
+}
+
 TEST(dirty_log)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
@@ -1892,8 +2180,10 @@ TEST(dirty_log)
 	int i;
 
 	vm_mem_region_set_flags(f->vm, SHARED_SLOT, KVM_MEM_LOG_DIRTY_PAGES);
+	/* The memslots have changed: the vCPU completes these events. */
 	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
 	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+	run_immediate(f->vcpus[0]);
 	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
 
 	for (i = ARRAY_PAGE - NR_CONSUMERS; i < HANDLED_PAGE; i++) {
@@ -1905,6 +2195,7 @@ TEST(dirty_log)
 
 	/* The new port is linked to a tail whose event word is in another page. */
 	ASSERT_EQ(send_event(f, 1, f->vcpus[0]->id, 7), 0);
+	run_immediate(f->vcpus[0]);
 	kvm_vm_get_dirty_log(f->vm, SHARED_SLOT, dirty);
 	for (i = ARRAY_PAGE; i < HANDLED_PAGE; i++) {
 		bool expected = i == ARRAY_PAGE || i == ARRAY_PAGE + 30;
@@ -1912,6 +2203,243 @@ TEST(dirty_log)
 		TEST_ASSERT(!!(dirty[i / 64] & BIT_ULL(i % 64)) == expected,
 			    "page %d is%s dirty", i, expected ? " not" : "");
 	}
+	fifo_vm_free(f);
+}
+
+/*
+ * Let KVM write to the control block and to a page of the array.  Userspace only reads
+ * the pages, because its writes would make them dirty.
+ */
+static void let_kvm_write(struct fifo_vm *f, uint32_t port, uint8_t *saved)
+{
+	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+	/* If a page is absent, the vCPU completes the event. */
+	run_immediate(f->vcpus[0]);
+	TEST_ASSERT(*word(f, port) & PENDING, "port %u: expected it to be pending, got word %#x",
+		    port, *word(f, port));
+	memcpy(saved, f->shared, NR_SHARED_PAGES * PAGE_SIZE);
+}
+
+static void expect_saved(const uint8_t *saved, const uint8_t *found, uint32_t port)
+{
+	int i;
+
+	for (i = CONTROL_PAGE; i < HANDLED_PAGE; i++)
+		TEST_ASSERT(!memcmp(saved + i * PAGE_SIZE, found + i * PAGE_SIZE, PAGE_SIZE),
+			    "port %u: expected page %d as KVM has written it", port, i);
+}
+
+/*
+ * Writes of KVM are not lost if the pages are swapped out.  In each second round, the
+ * pages are new and were only read.
+ */
+TEST(swap)
+{
+	size_t size = NR_SHARED_PAGES * PAGE_SIZE;
+	uint8_t *saved = malloc(size);
+	struct fifo_vm *f;
+	uint32_t i, port;
+
+	TEST_ASSERT(saved, "malloc()");
+	swap_on();
+	f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	for (i = 0; i < 4; i++) {
+		if (i % 2) {
+			TEST_ASSERT(!madvise(f->shared, size, MADV_REMOVE),
+				    "madvise(MADV_REMOVE): %s", strerror(errno));
+			memcpy(saved, f->shared, size);
+		}
+		port = (i + 1) * PORTS_PER_PAGE;
+		let_kvm_write(f, port, saved);
+		page_out(f->shared, size);
+		expect_saved(saved, f->shared, port);
+	}
+	fifo_vm_free(f);
+	swap_off();
+	free(saved);
+}
+
+/* Writes of KVM to a file are written back. */
+TEST(writeback)
+{
+	size_t size = NR_SHARED_PAGES * PAGE_SIZE;
+	uint8_t *saved = malloc(size), *on_disk = aligned_alloc(PAGE_SIZE, size);
+	struct fifo_vm *f;
+	uint32_t i, port;
+	int fd;
+
+	TEST_ASSERT(saved && on_disk, "malloc()");
+	fd = create_disk_file(size);
+	f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	TEST_ASSERT(mmap(f->shared, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
+		    f->shared, "mmap(): %s", strerror(errno));
+	for (i = 0; i < 4; i++) {
+		port = (i + 1) * PORTS_PER_PAGE;
+		let_kvm_write(f, port, saved);
+		TEST_ASSERT(!fsync(fd), "fsync(): %s", strerror(errno));
+		read_disk_file(fd, on_disk, size);
+		expect_saved(saved, on_disk, port);
+		page_out(f->shared, size);
+		expect_saved(saved, f->shared, port);
+	}
+	fifo_vm_free(f);
+	free(saved);
+	free(on_disk);
+}
+
+/* Attributes that a process sets or reads until it is killed */
+static long kill_set_array(struct fifo_vm *f)
+{
+	return set_array_page(f, 0);
+}
+
+static long kill_set_control(struct fifo_vm *f)
+{
+	return set_control(f, 0, control_gpa(0));
+}
+
+static long kill_set_mode(struct fifo_vm *f)
+{
+	return set_mode(f, KVM_XEN_EVTCHN_MODE_2LEVEL);
+}
+
+static long kill_set_port(struct fifo_vm *f)
+{
+	return set_port(f, 1, f->vcpus[0]->id, 3);
+}
+
+static long kill_set_waiting(struct fifo_vm *f)
+{
+	static struct kvm_xen_fifo_waiting waiting;
+
+	return set_waiting(f, &waiting);
+}
+
+static long kill_get_waiting(struct fifo_vm *f)
+{
+	static struct kvm_xen_fifo_waiting waiting;
+
+	return get_waiting(f, &waiting);
+}
+
+static long kill_get_array(struct fifo_vm *f)
+{
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_FIFO_ARRAY };
+
+	return get_vm_attr(f, &attr);
+}
+
+static long kill_set_tails(struct fifo_vm *f)
+{
+	return set_vcpu_attr(f, 1, (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
+	});
+}
+
+static long kill_get_tails(struct fifo_vm *f)
+{
+	struct kvm_xen_vcpu_attr attr = { .type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS };
+
+	return get_vcpu_attr(f, 1, &attr);
+}
+
+typedef long (*attr_fn)(struct fifo_vm *f);
+
+static struct {
+	struct fifo_vm *f;
+	attr_fn fn;
+} victim;
+
+static int victim_main(void *unused)
+{
+	victim.fn(victim.f);
+	return 0;
+}
+
+/* Start a process that shares memory with this one and calls @fn. */
+static pid_t start_victim(struct fifo_vm *f, attr_fn fn)
+{
+	static uint8_t stack[SZ_64K] __aligned(16);
+	pid_t pid;
+
+	victim.f = f;
+	victim.fn = fn;
+	pid = clone(victim_main, stack + sizeof(stack), CLONE_VM | CLONE_FILES | SIGCHLD, NULL);
+	TEST_ASSERT(pid > 0, "clone(): %s", strerror(errno));
+	return pid;
+}
+
+static void kill_victim(pid_t pid, const char *what, int nr)
+{
+	int status;
+
+	wait_for(task_sleeps_in_ioctl(pid));
+	TEST_ASSERT(!kill(pid, SIGKILL), "kill(): %s", strerror(errno));
+	__wait_for(waitpid(pid, &status, WNOHANG) == pid,
+		   "%s %d: the process is not dead after %d s", what, nr, WAIT_LIMIT_SECS);
+	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
+		    "%s %d: expected a process killed by %d, got status %#x", what, nr, SIGKILL,
+		    status);
+}
+
+static int register_new_page(struct fifo_vm *f, int page)
+{
+	TEST_ASSERT(!madvise(shared_page(f, page), PAGE_SIZE, MADV_REMOVE),
+		    "madvise(MADV_REMOVE): %s", strerror(errno));
+	return uffd_register(shared_page(f, page), PAGE_SIZE, 0);
+}
+
+static void *thread_attr(void *fn)
+{
+	return (void *)((attr_fn)fn)(victim.f);
+}
+
+/*
+ * A process can be killed while it waits in an attribute for a page that nobody
+ * provides, or for xen_lock, which another task holds while it waits for a page.  The
+ * attribute has not changed then.
+ */
+TEST(kill_waiter)
+{
+	static const struct {
+		attr_fn fn;
+		int page;
+	} page_waiters[] = {
+		{ kill_set_array, ARRAY_PAGE },
+		{ kill_set_control, CONTROL_PAGE },
+	};
+	static const attr_fn lock_waiters[] = {
+		kill_set_array, kill_set_control, kill_set_mode, kill_set_port, kill_set_waiting,
+		kill_get_waiting, kill_get_array, kill_set_tails, kill_get_tails,
+	};
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_FIFO_PORT };
+	pthread_t holder;
+	int i, j, uffd;
+	pid_t pid;
+
+	attr.u.fifo_port.port = 1;
+	for (i = 0; i < ARRAY_SIZE(page_waiters); i++) {
+		uffd = register_new_page(f, page_waiters[i].page);
+		pid = start_victim(f, page_waiters[i].fn);
+		uffd_wait_for_fault(uffd);
+		kill_victim(pid, "wait for a page", i);
+
+		holder = start_thread(thread_attr, page_waiters[i].fn);
+		uffd_wait_for_fault(uffd);
+		for (j = 0; j < ARRAY_SIZE(lock_waiters); j++) {
+			pid = start_victim(f, lock_waiters[j]);
+			kill_victim(pid, "wait for xen_lock", j);
+		}
+		uffd_provide(uffd, shared_page(f, page_waiters[i].page), NULL, PAGE_SIZE);
+		/* The process that was killed has not set the attribute. */
+		ASSERT_EQ(join_thread(holder, "attribute"), 0);
+		ASSERT_EQ(page_waiters[i].fn(f), EEXIST);
+		close(uffd);
+	}
+
+	ASSERT_EQ(get_vm_attr(f, &attr), 0);
+	ASSERT_EQ(attr.u.fifo_port.vcpu, KVM_XEN_FIFO_NO_VCPU);
 	fifo_vm_free(f);
 }
 
@@ -2009,6 +2537,7 @@ TEST(wrong_mode)
 	eventfd_write(fd, 1);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(3));
 	assert_next(&c, port);
+	ASSERT_EQ(set_port(f, port, KVM_XEN_FIFO_NO_VCPU, 7), 0);
 	ASSERT_EQ(vcpu_run_to_sync(f->vcpus[2]), 0);
 	ASSERT_EQ(READ_ONCE(c.control->ready), BIT(5));
 	assert_next(&c, port);
@@ -2021,35 +2550,34 @@ TEST(errors)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, 0);
 	const uint64_t nowhere = 0x100000000000 / PAGE_SIZE;
-	struct kvm_xen_fifo_port_state state = {
-		.vcpu = f->vcpus[0]->id, .last_vcpu = KVM_XEN_FIFO_NO_VCPU,
-		.priority = 7,
-	}, bad, got;
+	static struct kvm_xen_fifo_waiting waiting;
 	struct kvm_xen_hvm_attr mode = {
 		.type = KVM_XEN_ATTR_TYPE_EVTCHN_MODE,
 		.u.evtchn_mode.mode = KVM_XEN_EVTCHN_MODE_FIFO,
 	}, attr;
 	struct kvm_xen_vcpu_attr tails = {
 		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_TAILS,
-	}, control = {
-		.type = KVM_XEN_VCPU_ATTR_TYPE_FIFO_CONTROL,
-		.u.gpa = control_gpa(0),
 	}, timer = {
 		.type = KVM_XEN_VCPU_ATTR_TYPE_TIMER,
 		.u.timer = { .port = 1, .priority = 16 },
 	};
+	struct kvm_xen_hvm_config no_msr = {
+		.flags = CONFIG_FLAGS | KVM_XEN_HVM_CONFIG_EVTCHN_FIFO,
+	};
 	uint32_t id = f->vcpus[0]->id;
+	uint64_t gpa;
 
-	/* The flag requires another flag, and all attributes require the flag. */
+	/* The flag requires another flag and the MSR, and all attributes require the flag. */
 	ASSERT_EQ(set_config(f, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 				KVM_XEN_HVM_CONFIG_EVTCHN_FIFO), EINVAL);
+	ASSERT_EQ(__vm_ioctl(f->vm, KVM_XEN_HVM_CONFIG, &no_msr) ? errno : 0, EINVAL);
 	ASSERT_EQ(set_config(f, CONFIG_FLAGS), 0);
 	ASSERT_EQ(set_vm_attr(f, mode), ENOENT);
 	ASSERT_EQ(get_vm_attr(f, &mode), ENOENT);
 	ASSERT_EQ(set_array_page(f, 0), ENOENT);
 	ASSERT_EQ(set_port(f, 1, id, 7), ENOENT);
-	ASSERT_EQ(set_states(f, 1, 1, &state), ENOENT);
-	ASSERT_EQ(set_vcpu_attr(f, 0, control), ENOENT);
+	ASSERT_EQ(set_waiting(f, &waiting), ENOENT);
+	ASSERT_EQ(set_control(f, 0, control_gpa(0)), ENOENT);
 	ASSERT_EQ(get_vcpu_attr(f, 0, &tails), ENOENT);
 	ASSERT_EQ(send_event(f, 1, id, 7), EINVAL);
 	ASSERT_EQ(set_loopback(f, 1, 0, 7, 0), EINVAL);
@@ -2060,10 +2588,10 @@ TEST(errors)
 	/* All other attributes require FIFO mode. */
 	ASSERT_EQ(set_array_page(f, 0), ENXIO);
 	ASSERT_EQ(set_port(f, 1, id, 7), ENXIO);
-	ASSERT_EQ(set_states(f, 1, 1, &state), ENXIO);
-	ASSERT_EQ(get_states(f, 1, 1, &state), ENXIO);
-	ASSERT_EQ(set_vcpu_attr(f, 0, control), ENXIO);
-	ASSERT_EQ(get_vcpu_attr(f, 0, &control), ENXIO);
+	ASSERT_EQ(set_waiting(f, &waiting), ENXIO);
+	ASSERT_EQ(get_waiting(f, &waiting), ENXIO);
+	ASSERT_EQ(set_control(f, 0, control_gpa(0)), ENXIO);
+	ASSERT_EQ(get_control(f, 0, &gpa), ENXIO);
 	ASSERT_EQ(set_vcpu_attr(f, 0, tails), ENXIO);
 
 	ASSERT_EQ(set_mode(f, 2), EINVAL);
@@ -2087,14 +2615,21 @@ TEST(errors)
 	ASSERT_EQ(set_control(f, 0, control_gpa(0) + 4), EINVAL);
 	ASSERT_EQ(set_control(f, 0, PAGE_GPA(CONTROL_PAGE) + PAGE_SIZE - 64), EINVAL);
 	ASSERT_EQ(set_control(f, 0, nowhere * PAGE_SIZE), EFAULT);
-	ASSERT_EQ(get_vcpu_attr(f, 0, &control), 0);
-	ASSERT_EQ(control.u.gpa, GPA_INVALID);
+	ASSERT_EQ(get_control(f, 0, &gpa), 0);
+	ASSERT_EQ(gpa, GPA_INVALID);
 	ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
 	ASSERT_EQ(set_control(f, 0, control_gpa(1)), EEXIST);
-	ASSERT_EQ(get_vcpu_attr(f, 0, &control), 0);
-	ASSERT_EQ(control.u.gpa, control_gpa(0));
-	control.pad[0] = 1;
-	ASSERT_EQ(set_vcpu_attr(f, 0, control), EINVAL);
+	ASSERT_EQ(get_control(f, 0, &gpa), 0);
+	ASSERT_EQ(gpa, control_gpa(0));
+	attr = (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_FIFO_CONTROL,
+		.u.fifo_control = { .vcpu = 12345, .gpa = control_gpa(1) },
+	};
+	ASSERT_EQ(set_vm_attr(f, attr), EINVAL);
+	ASSERT_EQ(get_vm_attr(f, &attr), EINVAL);
+	attr.u.fifo_control.vcpu = f->vcpus[1]->id;
+	attr.u.fifo_control.pad = 1;
+	ASSERT_EQ(set_vm_attr(f, attr), EINVAL);
 	tails.u.fifo_tails[0] = 1;
 	tails.u.fifo_tails[15] = NR_PORTS;
 	ASSERT_EQ(set_vcpu_attr(f, 0, tails), EINVAL);
@@ -2117,33 +2652,13 @@ TEST(errors)
 	ASSERT_EQ(set_port(f, 1, id, 16), EINVAL);
 	ASSERT_EQ(set_port(f, 1, 12345, 7), EINVAL);
 
-	ASSERT_EQ(get_states(f, 1, 1, &got), 0);
-	ASSERT_EQ(got.vcpu, KVM_XEN_FIFO_NO_VCPU);
-	ASSERT_EQ(got.priority, DEFAULT_PRIORITY);
-	ASSERT_EQ(set_states(f, 0, 1, &state), EINVAL);
-	ASSERT_EQ(set_states(f, 1, 0, &state), EINVAL);
-	ASSERT_EQ(set_states(f, 1, KVM_XEN_FIFO_STATE_MAX + 1, &state), EINVAL);
-	ASSERT_EQ(set_states(f, NR_PORTS - 1, 2, &state), EINVAL);
-	ASSERT_EQ(set_states(f, 1, 1, (void *)1), EFAULT);
-	ASSERT_EQ(get_states(f, 1, 1, (void *)1), EFAULT);
-#define BAD_STATE(field, value)							\
-do {										\
-	bad = state;								\
-	bad.field = value;							\
-	ASSERT_EQ(set_states(f, 1, 1, &bad), EINVAL);				\
-} while (0)
-	BAD_STATE(vcpu, 12345);
-	BAD_STATE(last_vcpu, 12345);
-	BAD_STATE(priority, 16);
-	BAD_STATE(last_priority, 16);
-	BAD_STATE(flags, 2);
-	BAD_STATE(pad[4], 1);
-	bad = state;
-	bad.flags = KVM_XEN_FIFO_PORT_PENDING;
-	bad.vcpu = KVM_XEN_FIFO_NO_VCPU;
-	ASSERT_EQ(set_states(f, 1, 1, &bad), EINVAL);
-	ASSERT_EQ(get_states(f, 1, 1, &got), 0);
-	ASSERT_EQ(got.vcpu, KVM_XEN_FIFO_NO_VCPU);
+	ASSERT_EQ(set_waiting(f, (void *)1), EFAULT);
+	ASSERT_EQ(get_waiting(f, (void *)1), EFAULT);
+	add_waiting(waiting.unsent, 5);
+	add_waiting(waiting.unqueued, 0);
+	ASSERT_EQ(set_waiting(f, &waiting), EINVAL);
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
+	ASSERT_EQ(nr_waiting(waiting.unsent), 0);
 
 	ASSERT_EQ(send_event(f, 0, id, 7), EINVAL);
 	ASSERT_EQ(send_event(f, NR_PORTS, id, 7), EINVAL);
@@ -2154,9 +2669,12 @@ do {										\
 	timer.u.timer.priority = 16;
 	ASSERT_EQ(set_vcpu_attr(f, 0, timer), EINVAL);
 
-	/* Remove the page of the event word from guest memory. */
+	/* The page of the event word is not in guest memory: the event waits. */
 	vm_mem_region_delete(f->vm, SHARED_SLOT);
-	ASSERT_EQ(send_event(f, 1, id, 7), EFAULT);
+	ASSERT_EQ(send_event(f, 1, id, 7), 0);
+	run_immediate(f->vcpus[0]);
+	ASSERT_EQ(get_waiting(f, &waiting), 0);
+	ASSERT_EQ(is_waiting(waiting.unsent, 1), 1);
 	fifo_vm_free(f);
 }
 
@@ -2291,7 +2809,6 @@ int main(int argc, char *argv[])
 		}
 	}
 
-	TEST_REQUIRE(kvm_has_cap(KVM_CAP_XEN_EVTCHN_FIFO));
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_EVTCHN_FIFO);
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_BINARY_STATS_FD));
 

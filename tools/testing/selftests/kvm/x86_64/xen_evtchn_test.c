@@ -1392,6 +1392,55 @@ static void unset_vcpu_info(struct xen_vm *x, int i)
 }
 
 /* Events for a vCPU without vcpu_info are raised when it runs with a vcpu_info. */
+/*
+ * An upcall that was recorded for a vCPU without vcpu_info is forgotten when the guest
+ * is reset, but not if its event is still pending.
+ */
+TEST(leftovers)
+{
+	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+						     KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	int i;
+
+	for (i = 0; i < 4; i++) {
+		clear_pages(x);
+		ASSERT_EQ(send_by_ioctl(x, 100, 0), 0);
+		/* The new kernel of the guest has cleared all ports. */
+		if (i < 2)
+			clear_pages(x);
+		if (i % 2)
+			unset_vcpu_info(x, 0);
+		else
+			ASSERT_EQ(set_send_port(x, 7, KVM_XEN_EVTCHN_RESET, 8, 0), 0);
+
+		set_vcpu_info(x, 0);
+		run_immediate(x->vcpus[0]);
+		if (i < 2)
+			ASSERT_EQ(pending_sel(x, 0), 0);
+		else
+			assert_delivered(x, 100, 0, "ioctl");
+		unset_vcpu_info(x, 0);
+	}
+	xen_vm_free(x);
+}
+
+/* The Xen ID of a vCPU is its index unless userspace sets it. */
+TEST(vcpu_id)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_halt);
+	int i;
+
+	for (i = 0; i < 2; i++)
+		ASSERT_EQ(get_vcpu_attr(x->vcpus[i],
+					KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID).u.vcpu_id, i);
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], (struct kvm_xen_vcpu_attr) {
+		.type = KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID, .u.vcpu_id = 5,
+	}), 0);
+	ASSERT_EQ(get_vcpu_attr(x->vcpus[0],
+				KVM_XEN_VCPU_ATTR_TYPE_VCPU_ID).u.vcpu_id, 5);
+	xen_vm_free(x);
+}
+
 TEST(no_vcpu_info)
 {
 	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
@@ -1622,12 +1671,16 @@ TEST(timer_delivery)
 	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
 	assert_delivered(x, TIMER_PORT, 0, "timer");
 
-	/* The deadline is reported until its event is delivered. */
+	/*
+	 * The deadline is reported until its event is delivered.  KVM_RUN starts the
+	 * timer again.
+	 */
 	for (i = 0; i < nr_races; i++) {
 		clear_pages(x);
 		expires = guest_clock(x) + i * 1000;
-		start_timer(x, expires);
+		set_timer(x, expires);
 		do {
+			run_immediate(x->vcpus[0]);
 			attr = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_TIMER);
 			TEST_ASSERT(attr.u.timer.expires_ns == expires ||
 				    (!attr.u.timer.expires_ns && port_pending(x, TIMER_PORT)),
@@ -1636,6 +1689,18 @@ TEST(timer_delivery)
 				    port_pending(x, TIMER_PORT));
 		} while (attr.u.timer.expires_ns);
 	}
+
+	/* A timer that was read does not change what userspace saves afterwards. */
+	do {
+		expires = guest_clock(x) + 1000000;
+		start_timer(x, expires);
+		attr = get_vcpu_attr(x->vcpus[0], KVM_XEN_VCPU_ATTR_TYPE_TIMER);
+	} while (!attr.u.timer.expires_ns);
+	clear_pages(x);
+	wait_for(guest_clock(x) > expires + 1000000);
+	assert_untouched(x, TIMER_PORT, "timer that was read");
+	run_immediate(x->vcpus[0]);
+	assert_delivered(x, TIMER_PORT, 0, "timer that was read");
 
 	/* If the page is absent, the event is delivered when the vCPU runs. */
 	clear_pages(x);
