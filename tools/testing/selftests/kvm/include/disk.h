@@ -16,7 +16,7 @@
 void swap_on(void);
 void swap_off(void);
 
-/* Let the I/O of the swap device wait, and go on. */
+/* Suspend and resume the I/O of the swap device. */
 void hold_swap(void);
 void release_swap(void);
 
@@ -30,11 +30,11 @@ int create_disk_file(size_t size);
 /* Read from the disk, not from the page cache.  @buf must be aligned to a page. */
 void read_disk_file(int fd, void *buf, size_t size);
 
-/* Let all that would write to the file system of @fd wait, and go on. */
+/* Freeze and thaw the file system of @fd; writers wait while it is frozen. */
 void freeze_disk(int fd);
 void thaw_disk(int fd);
 
-/* Reclaim memory until none of its pages is in memory.  Pages of files must be clean. */
+/* Reclaim @mem until none of its pages is resident.  Pages of files must be clean. */
 void page_out(void *mem, size_t size);
 
 /* Return whether any page of @mem is in memory. */

@@ -1327,7 +1327,7 @@ TEST(upcall)
  * An event waits until its vCPU runs after the array page was set.  An event for a
  * vCPU without control block is dropped.
  */
-TEST(deferred)
+TEST(waiting)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE);
 	uint32_t port0 = 17, port1 = PORTS_PER_PAGE + 17, port2 = port1 + PORTS_PER_PAGE;
@@ -1692,7 +1692,7 @@ static const char *const restore_steps[] = {
  * The last port gets an event after the restore.
  */
 #define QUEUED_PORT		10
-#define DEFERRED_PORT		20
+#define WAITING_PORT		20
 #define LATER_PORT		30
 #define NR_SAVED_PAGES		(ARRAY_PAGE + 1) /* one page of the event array */
 #define RESTORED_TIMER_PORT	40
@@ -1754,11 +1754,11 @@ static void restore_step(struct fifo_vm *f, struct saved_vm *saved, int step)
 		ASSERT_EQ(set_vcpu_attr(f, 0, tails), 0);
 		break;
 	case RESTORE_PORT:
-		ASSERT_EQ(set_port(f, DEFERRED_PORT, f->vcpus[0]->id,
+		ASSERT_EQ(set_port(f, WAITING_PORT, f->vcpus[0]->id,
 				   DEFAULT_PRIORITY), 0);
 		break;
 	case RESTORE_WAITING:
-		add_waiting(waiting.unsent, DEFERRED_PORT);
+		add_waiting(waiting.unsent, WAITING_PORT);
 		ASSERT_EQ(set_waiting(f, &waiting), 0);
 		break;
 	case RESTORE_ARRAY:
@@ -1826,7 +1826,7 @@ static void random_order(uint64_t *state, int *order)
 /* Returns true if no event is lost. */
 static bool restore(struct fifo_vm *f, struct saved_vm *saved, const int *order)
 {
-	uint32_t queued, deferred, timer, later;
+	uint32_t queued, waiting, timer, later;
 	char text[200] = "";
 	int i;
 
@@ -1836,22 +1836,22 @@ static bool restore(struct fifo_vm *f, struct saved_vm *saved, const int *order)
 
 	vcpu_run_to_sync(f->vcpus[0]);
 	queued = *handled(f, QUEUED_PORT);
-	deferred = *handled(f, DEFERRED_PORT);
+	waiting = *handled(f, WAITING_PORT);
 	timer = *handled(f, RESTORED_TIMER_PORT);
 
 	ASSERT_EQ(send_event(f, LATER_PORT, f->vcpus[0]->id, DEFAULT_PRIORITY), 0);
 	vcpu_run_to_sync(f->vcpus[0]);
 	later = *handled(f, LATER_PORT);
-	if (queued == 1 && deferred == 1 && timer == saved->timer && later == 1)
+	if (queued == 1 && waiting == 1 && timer == saved->timer && later == 1)
 		return true;
 
 	for (i = 0; i < NR_RESTORE_STEPS; i++) {
 		strcat(text, " ");
 		strcat(text, restore_steps[order[i]]);
 	}
-	pr_info("vector of the %s, upcall %s, order%s: handled: queued event %u, deferred %u, timer %u, later event %u; expected 1, 1, %d, 1\n",
+	pr_info("vector of the %s, upcall %s, order%s: handled: queued event %u, waiting %u, timer %u, later event %u; expected 1, 1, %d, 1\n",
 		saved->vm_vector ? "VM" : "vCPU", saved->raised ? "raised" : "not raised",
-		text, queued, deferred, timer, later, saved->timer);
+		text, queued, waiting, timer, later, saved->timer);
 	return false;
 }
 
@@ -2142,7 +2142,7 @@ TEST(timer_destroy)
 	}
 }
 
-/* A halted vCPU completes an event when the memslot of its control block comes back. */
+/* A halted vCPU completes an event when the memslot of its control block is added again. */
 TEST(memslots)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);

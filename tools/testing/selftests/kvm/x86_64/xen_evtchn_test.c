@@ -1391,7 +1391,6 @@ static void unset_vcpu_info(struct xen_vm *x, int i)
 	}), 0);
 }
 
-/* Events for a vCPU without vcpu_info are raised when it runs with a vcpu_info. */
 /*
  * An upcall that was recorded for a vCPU without vcpu_info is forgotten when the guest
  * is reset, but not if its event is still pending.
@@ -1441,6 +1440,7 @@ TEST(vcpu_id)
 	xen_vm_free(x);
 }
 
+/* Events for a vCPU without vcpu_info are raised when it runs with a vcpu_info. */
 TEST(no_vcpu_info)
 {
 	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |

@@ -421,6 +421,9 @@ static void close_port(struct vmm *v, uint32_t port)
 		set_timer_port(&v->cpus[p->vcpu], 0);
 	else if (p->type != EVTCHNSTAT_virq)
 		set_send_port(v, port, KVM_XEN_EVTCHN_DEASSIGN);
+	p->vcpu = KVM_XEN_FIFO_NO_VCPU;
+	if (v->fifo)
+		fifo_set_port(v, port);
 	clear_pending(v, port);
 	p->type = EVTCHNSTAT_closed;
 }
@@ -972,7 +975,7 @@ static void save_and_restore(struct vmm *v)
 			pthread_cond_wait(&v->cond, &v->lock);
 	}
 
-	/* Half of the ports is in the queues when the VM is saved. */
+	/* Half of the ports are in the queues when the VM is saved. */
 	send_to_ports(v, 1);
 
 	for (i = 0; i < NR_VCPUS; i++) {
