@@ -311,11 +311,8 @@ static void fork_and_check(void)
 
 static void write_file(const char *path, const char *text)
 {
-	int fd = open(path, O_WRONLY);
-
-	TEST_ASSERT(fd >= 0 && write(fd, text, strlen(text)) == strlen(text),
-		    "write \"%s\" to %s: %s", text, path, strerror(errno));
-	close(fd);
+	TEST_ASSERT(write_text(path, text), "write \"%s\" to %s: %s", text, path,
+		    strerror(errno));
 }
 
 static void check(int ret, const char *what)

@@ -473,11 +473,8 @@ static void check_fresh(unsigned long *p, size_t size)
 
 static void write_file(const char *path, const char *text)
 {
-	int fd = open(path, O_WRONLY);
-
-	TEST_ASSERT(fd >= 0 && write(fd, text, strlen(text)) == strlen(text),
-		    "write \"%s\" to %s: %s", text, path, strerror(errno));
-	close(fd);
+	TEST_ASSERT(write_text(path, text), "write \"%s\" to %s: %s", text, path,
+		    strerror(errno));
 }
 
 static void read_text(const char *path, char *buf, size_t size)
