@@ -87,8 +87,8 @@ one_author() {
 subjects() {
 	local p rc=0
 	for p in "${patches[@]}"; do
-		grep -m1 '^Subject: ' "$p" | grep -qE '^Subject: \[PATCH\] (KVM|lib|irqchip\/[a-z0-9-]+): ([A-Za-z0-9/_-]+: )*[A-Z]' ||
-			{ say "$p: subject must be 'KVM: <area>: <Imperative>', without area in virt/kvm, or the like for lib and irqchip"; rc=1; }
+		grep -m1 '^Subject: ' "$p" | grep -qE '^Subject: \[PATCH\] (KVM|lib|mm|irqchip\/[a-z0-9-]+): ([A-Za-z0-9/_-]+: )*[A-Z]' ||
+			{ say "$p: subject must be 'KVM: <area>: <Imperative>', without area in virt/kvm, or the like for lib, mm and irqchip"; rc=1; }
 	done
 	return $rc
 }

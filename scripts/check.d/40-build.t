@@ -11,7 +11,7 @@ new_warnings() {
 	use_arch "$arch"
 	src=$("$TOP/scripts/src" patched)
 	mapfile -t files < <(git -C "$src" diff --name-only base HEAD -- \
-		'virt/*.c' 'lib/*.c' 'drivers/irqchip/*.c' "$(cut -d/ -f1-2 <<< "$kernel_image")/*.c")
+		'virt/*.c' 'lib/*.c' 'mm/*.c' 'drivers/irqchip/*.c' "$(cut -d/ -f1-2 <<< "$kernel_image")/*.c")
 	((${#files[@]})) || { say "no C file is touched"; return 0; }
 	for which in base patched; do
 		src=$("$TOP/scripts/src" $which)

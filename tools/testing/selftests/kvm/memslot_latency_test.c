@@ -27,12 +27,15 @@
  *  - race: the page is repeatedly taken away as soon as it has arrived, and stays in
  *    the end.  Sometimes the guest accesses it in time.
  *  - error: the page cannot be faulted in.  KVM_RUN must fail with EFAULT.
+ *  - signal, hugetlb_signal: a signal must end the wait.  KVM_RUN must fail with EINTR, and
+ *    the next KVM_RUN must succeed once the page has arrived.
  */
 #define _GNU_SOURCE /* for program_invocation_short_name */
 #include <fcntl.h>
 #include <poll.h>
 #include <pthread.h>
 #include <semaphore.h>
+#include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -470,7 +473,7 @@ TEST_F(backing, shmem)
 	test_wait();
 }
 
-TEST_F(backing, hugetlb)
+static void test_hugetlb(void (*test)(void))
 {
 	size_t size;
 	void *mem;
@@ -480,10 +483,15 @@ TEST_F(backing, hugetlb)
 	mem = mmap(NULL, size, PROT_READ | PROT_WRITE,
 		   MAP_PRIVATE | MAP_ANONYMOUS | MAP_HUGETLB, -1, 0);
 	use_data(mem, size);
-	test_wait();
+	test();
 	delete_data();
 	munmap(mem, size);
 	add_huge_pages(-1);
+}
+
+TEST_F(backing, hugetlb)
+{
+	test_hugetlb(test_wait);
 }
 
 /*
@@ -1040,6 +1048,42 @@ TEST_F(latency, error)
 	TEST_ASSERT(!ioctl(uffd, UFFDIO_UNREGISTER, &range), "UFFDIO_UNREGISTER: errno %d", errno);
 	join_thread(vcpu_thread, "error");
 	TEST_ASSERT(run_errno == EFAULT, "error: expected errno %d, got %d", EFAULT, run_errno);
+}
+
+static void no_op(int sig)
+{
+}
+
+static void test_signal(void)
+{
+	struct sigaction action = { .sa_handler = no_op };
+	int i;
+
+	sigaction(SIGUSR1, &action, NULL);
+	drop_page();
+	for (i = 0; i < nr_rounds; i++) {
+		start_access();
+		wait_for_fault();
+		pthread_kill(vcpu_thread, SIGUSR1);
+		join_thread(vcpu_thread, "KVM_RUN, after a signal");
+		TEST_ASSERT(run_errno == EINTR, "round %d: expected errno %d, got %d", i, EINTR,
+			    run_errno);
+	}
+
+	start_access();
+	wait_for_fault();
+	provide_page();
+	finish_access("signal", DATA_VALUE);
+}
+
+TEST_F(latency, signal)
+{
+	test_signal();
+}
+
+TEST_F(backing, hugetlb_signal)
+{
+	test_hugetlb(test_signal);
 }
 
 /*

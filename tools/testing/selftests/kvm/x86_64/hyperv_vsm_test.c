@@ -504,7 +504,9 @@ struct hv_set_vp_register_input {
 #define POISON			0xdead
 #define WRITTEN			0x1111
 #define NR_PAGES		4
-#define ROUNDS			1000
+#define MIN_ROUNDS		50
+#define MAX_ROUNDS		1000
+#define ROUNDS_NS		(10 * NSEC_PER_SEC)	/* start no more rounds after this time */
 #define MAX_DELAY_NS		500000
 
 /* The start of a page that VTL1 accesses */
@@ -1171,14 +1173,14 @@ static uint64_t stop_switches(struct vsm *v)
 
 TEST(race)
 {
-	uint64_t poisoned = 0, overwritten, switches;
+	uint64_t poisoned = 0, overwritten, switches, begin = now_ns();
 	struct vsm v;
 	int i;
 
 	vsm_create(&v);
 	v.vtl0->loop = true;
 	start_vp1(&v);
-	for (i = 0; i < ROUNDS; i++)
+	for (i = 0; i < MIN_ROUNDS || (i < MAX_ROUNDS && now_ns() - begin < ROUNDS_NS); i++)
 		poisoned += access_is_poisoned(&v);
 	overwritten = stop_switches(&v);
 	pr_info("%d translations, %lu switches of the page, %lu times blocked\n", i,
@@ -1191,7 +1193,7 @@ TEST(race)
 	v.unprotected = true;
 	v.vtl0->loop = true;
 	start_vp1(&v);
-	for (i = 0; i < ROUNDS && !poisoned; i++)
+	for (i = 0; i < MAX_ROUNDS && !poisoned; i++)
 		poisoned += access_is_poisoned(&v);
 	/* VP 1 looks at the page when it maps it next. */
 	switches = READ_ONCE(v.vtl0->switches);

@@ -1676,7 +1676,7 @@ TEST_F(gate, writeback_race)
 {
 	struct sched_param param = { .sched_priority = 1 };
 	size_t size = NR_PAGES * page_size;
-	unsigned int i, n = 0;
+	unsigned int i;
 	uint64_t retries;
 
 	disk_fd = map_disk_file();
@@ -1688,12 +1688,12 @@ TEST_F(gate, writeback_race)
 	start(&threads[0], sync_fn);
 
 	for (i = 0; i < nr_rounds; i++) {
-		retries = vm_get_stat(vm, "pfncache_retry");
 		wait_for(({
-			set_shinfo(SHINFO_PAGE + n++ % 2);
+			set_shinfo(SHINFO_PAGE + 1);
+			retries = vm_get_stat(vm, "pfncache_retry");
+			set_shinfo(SHINFO_PAGE);
 			vm_get_stat(vm, "pfncache_retry") > retries;
 		}));
-		set_shinfo(SHINFO_PAGE);
 		let_kvm_write();
 		TEST_ASSERT(!fsync(disk_fd), "fsync(): %s", strerror(errno));
 		read_disk_file(disk_fd, on_disk, size);

@@ -2018,11 +2018,29 @@ TEST(reset_race)
 	fifo_vm_free(f);
 }
 
+static int register_new_page(struct fifo_vm *f, int page)
+{
+	TEST_ASSERT(!madvise(shared_page(f, page), PAGE_SIZE, MADV_REMOVE),
+		    "madvise(MADV_REMOVE): %s", strerror(errno));
+	return uffd_register(shared_page(f, page), PAGE_SIZE, 0);
+}
+
+/* Arbitrarily chosen, behind the shared pages. */
+#define NEW_SLOT		11
+#define NEW_GPA			(SHARED_GPA + NR_SHARED_PAGES * PAGE_SIZE)
+
+static void *add_slot_thread(void *vm)
+{
+	vm_userspace_mem_region_add(vm, VM_MEM_SRC_ANONYMOUS, NEW_GPA, NEW_SLOT, 1, 0);
+	return NULL;
+}
+
 TEST(poll)
 {
 	struct fifo_vm *f = fifo_vm_create(guest_poll, SETUP_ALL);
-	uint32_t port = 70000;
-	pthread_t thread;
+	uint32_t port = 70000, page = ARRAY_PAGE + port / PORTS_PER_PAGE, *data;
+	pthread_t thread, adder;
+	int uffd;
 
 	/*
 	 * A port that is pending ends the poll at once.  Then an event of the masked
@@ -2039,6 +2057,20 @@ TEST(poll)
 	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
 	join_thread(thread, "SCHEDOP_poll");
 	assert_word(f, port, PENDING | MASKED);
+
+	/* A memslot can be added while a poll waits for the page of the event word. */
+	data = calloc(1, PAGE_SIZE);
+	TEST_ASSERT(data, "calloc()");
+	data[port % PORTS_PER_PAGE] = PENDING | MASKED;
+	uffd = register_new_page(f, page);
+	thread = start_thread(sync_thread, f->vcpus[0]);
+	uffd_wait_for_fault(uffd);
+	adder = start_thread(add_slot_thread, f->vm);
+	join_thread(adder, "KVM_SET_USER_MEMORY_REGION");
+	uffd_provide(uffd, shared_page(f, page), data, PAGE_SIZE);
+	join_thread(thread, "SCHEDOP_poll");
+	close(uffd);
+	free(data);
 
 	/* A change of the mode ends a poll, too. */
 	*word(f, port) = 0;
@@ -2148,6 +2180,7 @@ TEST(memslots)
 	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
 	static struct kvm_xen_fifo_waiting waiting;
 	uint32_t port = 60;
+	uint64_t wakeups;
 	pthread_t thread;
 
 	/* The vcpu_info has a user address, so that the vCPU does not need the memslot. */
@@ -2156,17 +2189,53 @@ TEST(memslots)
 		.u.hva = (uint64_t)vcpu_info(f, 0),
 	}), 0);
 	vcpu_args_set(f->vcpus[0], 1, 0ul);
+	/* Open the statistics, which is not possible during KVM_RUN. */
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "blocking"), 0);
 	thread = start_thread(vcpu_thread, f->vcpus[0]);
 	wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
 
 	vm_mem_region_move(f->vm, SHARED_SLOT, SHARED_GPA + NR_SHARED_PAGES * PAGE_SIZE);
+	wakeups = vcpu_get_stat(f->vcpus[0], "halt_wakeup");
 	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
-	/* The vCPU has tried, and blocks again. */
-	wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
-	ASSERT_EQ(get_waiting(f, &waiting), 0);
-	ASSERT_EQ(is_waiting(waiting.unsent, port), 1);
+	/* The first wake-up is that of the sender.  The vCPU has tried in vain then. */
+	vcpu_wait_stat(f->vcpus[0], "halt_wakeup", wakeups + 2);
+	wait_for(!get_waiting(f, &waiting) && is_waiting(waiting.unsent, port));
 	vm_mem_region_move(f->vm, SHARED_SLOT, SHARED_GPA);
 	wait_for(READ_ONCE(*handled(f, port)) == 1);
+
+	stop_guest(f, &thread, 1);
+	fifo_vm_free(f);
+}
+
+/*
+ * A halted vCPU also completes an event when userspace makes a page accessible again
+ * without changing a memslot.
+ */
+TEST(unmappable)
+{
+	static const int pages[] = { ARRAY_PAGE, CONTROL_PAGE };
+	struct fifo_vm *f = fifo_vm_create(guest_main, SETUP_ALL);
+	uint32_t port = 60;
+	uint64_t wakeups;
+	pthread_t thread;
+	int i;
+
+	vcpu_args_set(f->vcpus[0], 1, 0ul);
+	ASSERT_EQ(vcpu_get_stat(f->vcpus[0], "blocking"), 0);
+	thread = start_thread(vcpu_thread, f->vcpus[0]);
+	for (i = 0; i < ARRAY_SIZE(pages); i++) {
+		wait_for(vcpu_get_stat(f->vcpus[0], "blocking") == 1);
+		wakeups = vcpu_get_stat(f->vcpus[0], "halt_wakeup");
+		TEST_ASSERT(!mprotect(shared_page(f, pages[i]), PAGE_SIZE, PROT_READ),
+			    "mprotect(): %s", strerror(errno));
+		ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
+		/* The first wake-up is that of the sender.  The vCPU has tried in vain then. */
+		vcpu_wait_stat(f->vcpus[0], "halt_wakeup", wakeups + 2);
+		ASSERT_EQ(READ_ONCE(*handled(f, port)), i);
+		TEST_ASSERT(!mprotect(shared_page(f, pages[i]), PAGE_SIZE, PROT_READ | PROT_WRITE),
+			    "mprotect(): %s", strerror(errno));
+		wait_for(READ_ONCE(*handled(f, port)) == i + 1);
+	}
 
 	stop_guest(f, &thread, 1);
 	fifo_vm_free(f);
@@ -2380,13 +2449,6 @@ static void kill_victim(pid_t pid, const char *what, int nr)
 	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
 		    "%s %d: expected a process killed by %d, got status %#x", what, nr, SIGKILL,
 		    status);
-}
-
-static int register_new_page(struct fifo_vm *f, int page)
-{
-	TEST_ASSERT(!madvise(shared_page(f, page), PAGE_SIZE, MADV_REMOVE),
-		    "madvise(MADV_REMOVE): %s", strerror(errno));
-	return uffd_register(shared_page(f, page), PAGE_SIZE, 0);
 }
 
 static void *thread_attr(void *fn)

@@ -2497,6 +2497,59 @@ TEST(stuck_worker)
 	}
 }
 
+static void *thread_set_vcpu_info(void *x)
+{
+	set_vcpu_info(x, 0);
+	return NULL;
+}
+
+static long move_memslot(struct xen_vm *x)
+{
+	vm_mem_region_move(x->vm, SHARED_SLOT, SHARED_GPA - SZ_1G);
+	return 0;
+}
+
+/*
+ * The worker of an irqfd waits for a page of a memslot that is being moved.  The move
+ * must not wait for the worker.
+ */
+TEST(invalid_slot)
+{
+	struct xen_vm *x;
+	pthread_t reader, mover;
+	int fd, reader_uffd, worker_uffd;
+
+	/* Without this capability, the worker cannot use an INVALID memslot. */
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
+
+	x = xen_vm_create_with_vcpu_info(guest_nothing);
+	fd = irqfd_create(x, 5, 0);
+	make_absent(x, SHINFO_PAGE);
+	make_absent(x, VCPU_INFO_PAGE);
+	worker_uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
+	reader_uffd = uffd_register(shared_page(x, VCPU_INFO_PAGE), PAGE_SIZE, 0);
+
+	/* The memslot is INVALID as long as a reader of kvm->srcu waits. */
+	reader = start_thread(thread_set_vcpu_info, x);
+	uffd_wait_for_fault(reader_uffd);
+	caller.x = x;
+	caller.fn = move_memslot;
+	mover = start_thread(thread_call, NULL);
+	wait_for(READ_ONCE(caller.tid) && task_sleeps_in_ioctl(caller.tid));
+
+	eventfd_write(fd, 1);
+	uffd_wait_for_fault(worker_uffd);
+	uffd_provide(reader_uffd, shared_page(x, VCPU_INFO_PAGE), NULL, PAGE_SIZE);
+	join_thread(reader, "KVM_XEN_VCPU_ATTR_TYPE_VCPU_INFO");
+	join_thread(mover, "KVM_SET_USER_MEMORY_REGION");
+	uffd_provide(worker_uffd, shared_page(x, SHINFO_PAGE), NULL, PAGE_SIZE);
+
+	close(worker_uffd);
+	close(reader_uffd);
+	close(fd);
+	xen_vm_free(x);
+}
+
 /* Attributes that another task waits for while thread_set_shared_info() holds xen_lock */
 static long get_version(struct xen_vm *x)
 {
