@@ -124,7 +124,7 @@ static void guest_pf_handler(struct ex_regs *regs)
 	}
 
 	while (READ_ONCE(ready_token) != token)
-		asm volatile("sti; hlt; cli" ::: "memory");
+		guest_wait();
 
 	/* The address that guest_code() reads. */
 	if (READ_ONCE(alternate))
@@ -143,6 +143,8 @@ static void guest_ready_handler(struct ex_regs *regs)
 	WRITE_ONCE(apf.token, 0);
 	x2apic_write_reg(APIC_EOI, 0);
 	wrmsr(MSR_KVM_ASYNC_PF_ACK, 1);
+
+	guest_skip_hlt(regs);
 }
 
 static void guest_code(uint64_t apf_gpa)
@@ -154,7 +156,7 @@ static void guest_code(uint64_t apf_gpa)
 	wrmsr(MSR_KVM_ASYNC_PF_EN, apf_gpa | KVM_ASYNC_PF_ENABLED |
 	      KVM_ASYNC_PF_SEND_ALWAYS | KVM_ASYNC_PF_DELIVERY_AS_INT);
 	while (!READ_ONCE(activated))
-		asm volatile("sti; hlt; cli" ::: "memory");
+		guest_wait();
 
 	/* KVM uses asynchronous page faults only if interrupts are enabled. */
 	asm volatile("sti");

@@ -177,25 +177,11 @@ static uint64_t event_channel_op(uint64_t op, uint32_t port)
 	return xen_hypercall(__HYPERVISOR_event_channel_op, op, (uint64_t)&port);
 }
 
-/*
- * Interrupts are off, except during HLT.  An upcall only has to end the HLT.  An
- * emulated CPU that exits between STI and HLT may lose the interrupt shadow and take
- * the upcall before the HLT.  The handler then skips the HLT, because no other
- * upcall would end it.
- */
-void guest_wait(void);
-void guest_hlt(void);
-
-asm("guest_wait:	sti\n"
-	"guest_hlt:	hlt\n"
-	"		cli\n"
-	"		ret\n");
-
+/* Interrupts are off, except during HLT.  An upcall only has to end the HLT. */
 static void guest_upcall(struct ex_regs *regs)
 {
 	regs->rflags &= ~RFLAGS_IF;
-	if (regs->rip == (uint64_t)guest_hlt)
-		regs->rip++;
+	guest_skip_hlt(regs);
 }
 
 static void guest_consume(struct consumer *c, uint64_t i)

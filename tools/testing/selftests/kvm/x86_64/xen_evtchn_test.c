@@ -1096,14 +1096,13 @@ static void guest_upcall_handler(struct ex_regs *regs)
 
 	vi->evtchn_upcall_pending = 0;
 	WRITE_ONCE(guest_upcalls, guest_upcalls + 1);
+	guest_skip_hlt(regs);
 }
 
 static void guest_halt_for_upcall(void)
 {
 	while (!READ_ONCE(guest_upcalls))
-		asm volatile("sti\n\t"
-			     "hlt\n\t"
-			     "cli");
+		guest_wait();
 	GUEST_SYNC(0);
 }
 
