@@ -2401,6 +2401,42 @@ TEST(mapti_disabled_other_table)
 			    2);
 }
 
+static void guest_mapti_a0_no_target(void)
+{
+	its_send_mapti(&its[0], DEV_A, 0, ICID_UNUSED, LPI_A0);
+}
+
+/* Map another event to LPI_A0. */
+static void guest_mapti_a0_alias(void)
+{
+	its_send_mapti(&its[0], DEV_A, 2, 0, LPI_A0);
+}
+
+/*
+ * The first event of LPI_A0 is mapped to a collection that is not.  The second event
+ * brings the target, and with it the pending table.  The tables are restored in the order
+ * of the events.
+ */
+TEST(pending_alias)
+{
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_discard);
+	*pending_byte(0) = PENDING_A0;
+	run_vcpu(vcpus[1], guest_mapti_a0_no_target);
+	check_delivered("MAPTI to an unmapped collection", 0, 0);
+	run_vcpu(vcpus[1], guest_mapti_a0_alias);
+	check_delivered("MAPTI of another event", LPI_A0, 0);
+
+	TEST_ASSERT(signal_msi(doorbell(&its[0]), DEV_A, 2) == 1, "MSI refused");
+	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_CTRL,
+			    KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES, NULL);
+	host_save_restore();
+	check_delivered("restored pending", LPI_A0, 0);
+
+	destroy_vm();
+}
+
 /* The guest has set a bit of the pending table, but not enabled LPIs yet. */
 TEST(save_pending_disabled)
 {

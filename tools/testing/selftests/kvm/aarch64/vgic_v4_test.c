@@ -259,6 +259,13 @@ static void guest_lpis_enable(void)
 	gicr_set_lpis_enabled(GICR_BASE_GPA, 0, true);
 }
 
+/* Without GICR_PENDBASER.PTZ */
+static void guest_lpis_enable_table(void)
+{
+	writeq(tables.pending, (void *)(GICR_BASE_GPA + GICR_PENDBASER));
+	guest_lpis_enable();
+}
+
 static void guest_int(void)
 {
 	its_send_int(&its, DEV, EVENT);
@@ -1043,6 +1050,24 @@ TEST_F(vgic_v4, lpis_disable)
 	run_vcpus();
 	clear_delivered();
 	check_vlpi("EnableLPIs set again", LPI, 0);
+}
+
+/*
+ * The vLPI is disabled in the configuration table and pending in the pending table when
+ * LPIs are enabled.  It becomes pending in software, and is delivered when it is enabled.
+ */
+TEST_F(vgic_v4, pending_in_table)
+{
+	uint8_t *byte = addr_gpa2hva(vm, tables.pending + LPI / 8);
+
+	run_vcpu(vcpus[1], guest_disable_inv);
+	run_vcpu(vcpus[1], guest_lpis_disable);
+	*byte = BIT(LPI % 8);
+	run_vcpu(vcpus[1], guest_lpis_enable_table);
+	check_not_delivered("vLPI disabled, pending in the table");
+	run_vcpu(vcpus[1], guest_enable_inv);
+	check_delivered("vLPI enabled, pending in the table", LPI, 0);
+	check_vlpi("after the vLPI was pending in the table", LPI, 0);
 }
 
 /* Software asks the hardware to make the vLPI pending. */

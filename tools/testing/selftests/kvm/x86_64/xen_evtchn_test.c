@@ -676,11 +676,25 @@ static long unreclaimable_kib(void)
 	return kib;
 }
 
+static void guest_write_hypercall_pages(uint64_t nr_writes)
+{
+	while (nr_writes--)
+		wrmsr(XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	GUEST_SYNC(0);
+}
+
+static void write_hypercall_pages(struct xen_vm *x, uint64_t nr_writes)
+{
+	vcpu_args_set(x->vcpus[0], 1, nr_writes);
+	vcpu_run(x->vcpus[0]);
+	ASSERT_EQ(get_ucall(x->vcpus[0], NULL), UCALL_SYNC);
+}
+
 /* Writing a hypercall page that userspace provides must not leak memory. */
 TEST(hypercall_page)
 {
 	const long nr_writes = 8192, written = nr_writes * (long)PAGE_SIZE / 1024;
-	struct xen_vm *x = xen_vm_create(guest_nothing, 0);
+	struct xen_vm *x = xen_vm_create(guest_write_hypercall_pages, 0);
 	uint8_t *page = shared_page(x, TIME_INFO_PAGE);
 	struct kvm_xen_hvm_config config = {
 		.msr = XEN_HYPERCALL_MSR,
@@ -688,7 +702,6 @@ TEST(hypercall_page)
 	};
 	long before, leaked;
 	uint8_t *blob;
-	int i;
 
 	blob = mmap(NULL, PAGE_SIZE, PROT_READ | PROT_WRITE,
 		    MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -698,8 +711,7 @@ TEST(hypercall_page)
 	vm_ioctl(x->vm, KVM_XEN_HVM_CONFIG, &config);
 
 	before = unreclaimable_kib();
-	for (i = 0; i < nr_writes; i++)
-		vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	write_hypercall_pages(x, nr_writes);
 	leaked = unreclaimable_kib() - before;
 
 	TEST_ASSERT(!memcmp(page, blob, PAGE_SIZE), "hypercall page not written");
@@ -712,6 +724,28 @@ TEST(hypercall_page)
 		    leaked, written);
 
 	munmap(blob, PAGE_SIZE);
+	xen_vm_free(x);
+}
+
+/* Only the guest's write of the hypercall MSR writes the page and changes the mode. */
+TEST(hypercall_page_by_host)
+{
+	struct xen_vm *x = xen_vm_create(guest_write_hypercall_pages,
+					 KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	static const uint8_t unchanged[PAGE_SIZE];
+	uint8_t *page = shared_page(x, TIME_INFO_PAGE);
+
+	set_long_mode(x, false);
+	/* Hyper-V may have an MSR of this number. */
+	_vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	TEST_ASSERT(!memcmp(page, unchanged, PAGE_SIZE), "page written by KVM_SET_MSRS");
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_LONG_MODE).u.long_mode, false);
+
+	write_hypercall_pages(x, 1);
+	/* mov $0, %eax */
+	ASSERT_EQ(page[0], 0xb8);
+	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_LONG_MODE).u.long_mode, true);
+
 	xen_vm_free(x);
 }
 
@@ -1795,7 +1829,8 @@ static void assert_wall_clock(struct xen_vm *x, const char *how)
 /* The wall clock is at the position for the current mode. */
 TEST(wall_clock)
 {
-	struct xen_vm *x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	struct xen_vm *x = xen_vm_create(guest_write_hypercall_pages,
+					 KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
 
 	assert_wall_clock(x, "shared_info set");
 
@@ -1805,7 +1840,7 @@ TEST(wall_clock)
 
 	/* The vCPU is in long mode. */
 	clear_pages(x);
-	vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	write_hypercall_pages(x, 1);
 	x->long_mode = true;
 	assert_wall_clock(x, "hypercall page written");
 
@@ -2549,6 +2584,50 @@ TEST(invalid_slot)
 	xen_vm_free(x);
 }
 
+static long delete_memslot(struct xen_vm *x)
+{
+	vm_mem_region_delete(x->vm, SHARED_SLOT);
+	return 0;
+}
+
+/*
+ * The worker of an irqfd waits for a page of a memslot that is deleted.  The deletion waits
+ * for the worker: after the ioctl, KVM must not fault in the memory any more.
+ */
+TEST(deleted_slot)
+{
+	uint64_t grace_periods;
+	pthread_t deleter;
+	struct xen_vm *x;
+	int fd, uffd;
+
+	/* Without this capability, a deletion does not wait. */
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
+
+	x = xen_vm_create_with_vcpu_info(guest_nothing);
+	fd = irqfd_create(x, 5, 0);
+	make_absent(x, SHINFO_PAGE);
+	uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
+	eventfd_write(fd, 1);
+	uffd_wait_for_fault(uffd);
+
+	grace_periods = vm_get_stat(x->vm, "memslot_grace_periods");
+	caller.x = x;
+	caller.fn = delete_memslot;
+	deleter = start_thread(thread_call, NULL);
+	wait_for(vm_get_stat(x->vm, "memslot_grace_periods") == grace_periods + 2);
+	wait_for(READ_ONCE(caller.done) || task_sleeps_in_ioctl(caller.tid));
+	TEST_ASSERT(!READ_ONCE(caller.done),
+		    "expected the deletion to wait for the page of the worker, but it has ended");
+
+	uffd_provide(uffd, shared_page(x, SHINFO_PAGE), NULL, PAGE_SIZE);
+	join_thread(deleter, "KVM_SET_USER_MEMORY_REGION");
+
+	close(uffd);
+	close(fd);
+	xen_vm_free(x);
+}
+
 /* Attributes that another task waits for while thread_set_shared_info() holds xen_lock */
 static long get_version(struct xen_vm *x)
 {
@@ -2614,7 +2693,7 @@ static long set_config(struct xen_vm *x)
 
 static long set_hypercall_page(struct xen_vm *x)
 {
-	return _vcpu_set_msr(x->vcpus[0], XEN_HYPERCALL_MSR, PAGE_GPA(TIME_INFO_PAGE));
+	return __vcpu_run(x->vcpus[0]) ? errno : 0;
 }
 
 static void *thread_set_shared_info(void *x)
@@ -2648,7 +2727,8 @@ TEST(kill_waiter)
 
 	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA);
 
-	x = xen_vm_create_with_vcpu_info(guest_nothing);
+	x = xen_vm_create_with_vcpu_info(guest_write_hypercall_pages);
+	vcpu_args_set(x->vcpus[0], 1, 1);
 	ASSERT_EQ(set_send_port(x, 7, 0, 8, 1), 0);
 	make_absent(x, SHINFO_PAGE);
 	uffd = uffd_register(shared_page(x, SHINFO_PAGE), PAGE_SIZE, 0);
