@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
-# Base and patched kernels build with -Werror, and so does the series up to the end of a
-# topic.  The touched files have no new warnings of sparse and W=1.
+# Base and patched kernels build with -Werror, and so do the folders that the series touches
+# at the end of a topic.  The touched files have no new warnings of sparse and W=1.
 . "$(dirname "$0")/tap.sh"
 
 # lint ARCH base|patched OBJECT...: the warnings of W=1 and sparse, without line numbers,
