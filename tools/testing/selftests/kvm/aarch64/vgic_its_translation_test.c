@@ -34,6 +34,7 @@
 #include "processor.h"
 #include "gic.h"
 #include "gic_v3_its.h"
+#include "trace.h"
 #include "uffd.h"
 #include "vgic.h"
 
@@ -2350,6 +2351,9 @@ static void check_pending_byte(const char *what, uint32_t table)
 /* The pending table that vCPU 1 uses when it enables LPIs; shared with the guest */
 static uint32_t pending_table;
 
+/* A pending table that is outside of the memslots */
+#define NO_MEMORY	BIT(15)
+
 static void guest_lpis_enable_own_table(void)
 {
 	writeq(tables.pending + pending_table * SZ_64K,
@@ -2437,6 +2441,36 @@ TEST(pending_alias)
 	destroy_vm();
 }
 
+static void guest_mapti_a0_alias_own(void)
+{
+	its_send_mapti(&its[0], DEV_A, 2, 1, LPI_A0);
+}
+
+/*
+ * The second event brings a target, but is not mapped, because the target's pending table
+ * is not memory.  The third one brings another target.
+ */
+TEST(failed_alias)
+{
+	const struct result delivered = DELIVERED(LPI_A0, 0), unmapped = UNMAPPED;
+
+	create_vm();
+	pending_table = NO_MEMORY;
+	sync_global_to_guest(vm, pending_table);
+
+	run_vcpu(vcpus[1], guest_discard);
+	run_vcpu(vcpus[1], guest_mapti_a0_no_target);
+	run_vcpu(vcpus[1], guest_lpis_disable_own);
+	run_vcpu(vcpus[1], guest_lpis_enable_own_table);
+	run_vcpu(vcpus[1], guest_mapti_a0_alias_own);
+	check_msi("MAPTI, pending table is not memory", doorbell(&its[0]), DEV_A, 2,
+		  &unmapped);
+	run_vcpu(vcpus[1], guest_mapti_a0_alias);
+	check_msi("MAPTI with another target", doorbell(&its[0]), DEV_A, 2, &delivered);
+
+	destroy_vm();
+}
+
 /* The guest has set a bit of the pending table, but not enabled LPIs yet. */
 TEST(save_pending_disabled)
 {
@@ -2469,64 +2503,6 @@ TEST(irq_line_lpi)
 	check_delivered("KVM_IRQ_LINE with the INTID of an LPI", 0, 0);
 
 	destroy_vm();
-}
-
-/*
- * A trace of the MSIs that this task raises and KVM refuses, apart from other traces.
- * main() removes it, also if a case has failed.
- */
-#define TRACE	"/sys/kernel/debug/tracing/instances/vgic_its_translation_test"
-
-static void trace_start(void)
-{
-	char pid[16];
-	int ret;
-
-	rmdir(TRACE);
-	ret = mkdir(TRACE, 0700);
-	__TEST_REQUIRE(!ret || errno != ENOENT, "needs tracefs");
-	TEST_ASSERT(!ret, "Failed to make %s, errno: %d", TRACE, errno);
-	snprintf(pid, sizeof(pid), "%d", getpid());
-	TEST_ASSERT(write_text(TRACE "/set_event_pid", pid),
-		    "Failed to write set_event_pid, errno: %d", errno);
-	TEST_ASSERT(write_text(TRACE "/events/kvm/vgic_its_refuse_msi/enable", "1"),
-		    "Failed to enable vgic_its_refuse_msi, errno: %d", errno);
-}
-
-static void trace_end(void)
-{
-	if (rmdir(TRACE) && errno != ENOENT)
-		fprintf(stderr, "Failed to remove %s, errno: %d\n", TRACE, errno);
-}
-
-/* Check that the trace has one event, which ends in @expected, and clear it. */
-static void check_trace(const char *what, const char *expected)
-{
-	char line[512], last[512] = "";
-	int nr = 0;
-	char *event;
-	FILE *f;
-
-	f = fopen(TRACE "/trace", "r");
-	TEST_ASSERT(f, "Failed to open the trace, errno: %d", errno);
-	while (fgets(line, sizeof(line), f)) {
-		if (*line == '#')
-			continue;
-		line[strcspn(line, "\n")] = 0;
-		strcpy(last, line);
-		nr++;
-	}
-	fclose(f);
-
-	event = strstr(last, "vgic_its_refuse_msi: ");
-	event = event ? event + strlen("vgic_its_refuse_msi: ") : last;
-	TEST_ASSERT(nr == 1 && !strcmp(event, expected),
-		    "%s: expected one event \"%s\", got %d, the last one is \"%s\"", what,
-		    expected, nr, event);
-
-	f = fopen(TRACE "/trace", "w");
-	TEST_ASSERT(f, "Failed to clear the trace, errno: %d", errno);
-	fclose(f);
 }
 
 /* Raise an MSI by KVM_SIGNAL_MSI, and then via an irqfd. */
@@ -2584,7 +2560,7 @@ TEST(refused)
 	int i;
 
 	create_vm();
-	trace_start();
+	trace_start("kvm/vgic_its_refuse_msi");
 	run_vcpu(vcpus[1], guest_disable_other_its);
 	for (i = 0; i < ARRAY_SIZE(msis); i++)
 		check_refused(&msis[i]);
@@ -2615,7 +2591,7 @@ TEST(refused_no_its)
 
 	create_vm_no_its();
 
-	trace_start();
+	trace_start("kvm/vgic_its_refuse_msi");
 	check_refused(&msi);
 
 	close(gic_fd);

@@ -106,6 +106,8 @@ static struct {
 	char value[16];
 } changed_settings[] = {
 	{ "/proc/sys/vm/nr_hugepages" },
+	{ "/sys/kernel/mm/ksm/sleep_millisecs" },
+	{ "/sys/kernel/mm/ksm/run" },
 	{ "/sys/module/kvm/parameters/eager_page_split" },
 	{ "/sys/kernel/debug/failslab/ignore-gfp-wait" },
 	{ "/sys/kernel/debug/failslab/verbose" },
@@ -148,6 +150,17 @@ static void restore_settings(void)
 	}
 }
 
+/* Also for tests that change settings without calling run_cases() */
+static void restore_settings_at_exit(void)
+{
+	int i;
+
+	for (i = 0; i < ARRAY_SIZE(changed_settings); i++)
+		read_setting(changed_settings[i].path, changed_settings[i].value,
+			     sizeof(changed_settings[i].value));
+	atexit(restore_settings);
+}
+
 /* Longer than wait_for() takes until it fails */
 #define DEFAULT_TIMEOUT		(WAIT_LIMIT_SECS + 30)
 
@@ -159,10 +172,7 @@ static int run_cases(char **args)
 	struct __fixture_metadata *f;
 	int i;
 
-	for (i = 0; i < ARRAY_SIZE(changed_settings); i++)
-		read_setting(changed_settings[i].path, changed_settings[i].value,
-			     sizeof(changed_settings[i].value));
-	atexit(restore_settings);
+	restore_settings_at_exit();
 
 	for (i = 0; args[i]; i++)
 		TEST_ASSERT(is_case(args[i] + (*args[i] == '!')), "no such case: %s", args[i]);

@@ -13,10 +13,10 @@
  *   that flush each other, owners that are added after a flush began, and
  *   owners that several threads change;
  * - each way out of the blocked state: release, signal, interrupts of the local APIC and
- *   of the PIC, NMI, SMI, INIT, changed registers, save and restore, the end of the
- *   process;
+ *   of the PIC, NMI, SMI, INIT, changed registers, a full dirty ring, save and restore,
+ *   the end of the process;
  * - events that do not unblock the vCPU: a masked interrupt, a kick, which only
- *   ends HLT, a timer, what KVM_GUESTDBG_BLOCKIRQ holds back, a page that is
+ *   ends HLT, timers, events that KVM_GUESTDBG_BLOCKIRQ holds back, a page that is
  *   ready while another notification is pending, and a Xen event that cannot be
  *   raised;
  * - that the guest's steal time does not report vCPUs as preempted;
@@ -71,6 +71,7 @@
 #define NR_PAGES	1024
 
 #define SIPI_GPA	(SIPI_VECTOR << 12)
+#define RESET_GPA	0xfffffff0
 
 /* The master PIC */
 #define PIC_CMD		0x20
@@ -80,6 +81,13 @@
 #define STIMER_ENABLE	BIT(0)
 #define STIMER_PERIODIC	BIT(1)
 #define STIMER_DIRECT	BIT(12)
+#define STIMER_SINT(n)	((n) << 16)
+
+/* The bit of HV_X64_MSR_SCONTROL and HV_X64_MSR_SIMP */
+#define SYNIC_ENABLE	BIT(0)
+
+/* The smallest dirty ring, with entries of 16 bytes */
+#define RING_ENTRIES	256
 
 /* SMRAM has its own address space. */
 #define SMRAM_GPA	0x1000000
@@ -310,8 +318,9 @@ static void *runner_thread(void *arg)
 	r->ret = __vcpu_run(r->vcpu);
 	r->err = errno;
 	TEST_ASSERT(r->ret ? r->err == EINTR :
-		    run->exit_reason == KVM_EXIT_IO || run->exit_reason == KVM_EXIT_DEBUG,
-		    "vCPU %u: ret %d errno %d exit reason %s, expected I/O, debug or a signal",
+		    run->exit_reason == KVM_EXIT_IO || run->exit_reason == KVM_EXIT_DEBUG ||
+		    run->exit_reason == KVM_EXIT_DIRTY_RING_FULL,
+		    "vCPU %u: ret %d errno %d exit reason %s, expected I/O, debug, dirty ring or a signal",
 		    r->vcpu->id, r->ret, r->err, exit_reason_str(run->exit_reason));
 
 	if (!r->ret && run->exit_reason == KVM_EXIT_IO && run->io.port != STUB_PORT)
@@ -394,6 +403,26 @@ static void runner_wait_asleep(struct runner *r)
 	__wait_for((state = runner_state(r)) == 'S',
 		   "vCPU %u's thread is in state %c after %d s, expected S",
 		   r->vcpu->id, state, WAIT_LIMIT_SECS);
+}
+
+/* How many times the vCPU's thread has gone to sleep */
+static uint64_t runner_sleeps(struct runner *r)
+{
+	static const char key[] = "\nvoluntary_ctxt_switches:";
+	char path[64], buf[4096], *p;
+	ssize_t len;
+	int fd;
+
+	snprintf(path, sizeof(path), "/proc/self/task/%d/status", r->tid);
+	fd = open_path_or_exit(path, O_RDONLY);
+	len = read(fd, buf, sizeof(buf) - 1);
+	TEST_ASSERT(len > 0, "Reading %s failed, errno %d", path, errno);
+	buf[len] = 0;
+	close(fd);
+
+	p = strstr(buf, key);
+	TEST_ASSERT(p, "%s has no voluntary_ctxt_switches", path);
+	return strtoull(p + strlen(key), NULL, 10);
 }
 
 static uint64_t runner_cpu_ns(struct runner *r)
@@ -904,6 +933,63 @@ static void wait_progress(uint64_t *count, uint64_t from,
 		   WAIT_LIMIT_SECS);
 }
 
+/*
+ * Two inhibited VPs: vCPU 0 waits for one, and vCPU 1 for both.  Returns whether vCPU 1
+ * stayed asleep when the first VP was released.
+ */
+static bool sleeps_until_last_release(struct test_vm *t)
+{
+	uint64_t sleeps;
+	bool slept_on;
+
+	hold(t, TARGET, OWNER);
+	hold(t, OTHER, OWNER);
+	start_blocked(t, 0);
+	start_blocked(t, 1);
+	runner_wait_asleep(&t->runners[1]);
+	sleeps = runner_sleeps(&t->runners[1]);
+	release(t, TARGET, OWNER);
+	finish(t, 0, 1);
+	runner_wait_asleep(&t->runners[1]);
+	slept_on = runner_sleeps(&t->runners[1]) == sleeps;
+	release(t, OTHER, OWNER);
+	finish(t, 1, 1);
+	return slept_on;
+}
+
+/*
+ * Returns whether vCPU 0 stayed asleep during calls that leave it blocked, because TARGET
+ * keeps OWNER2.
+ */
+static bool sleeps_through_changes(struct test_vm *t)
+{
+	uint64_t sleeps;
+
+	runner_wait_asleep(&t->runners[0]);
+	sleeps = runner_sleeps(&t->runners[0]);
+	hold(t, OTHER, OWNER);
+	hold(t, TARGET, OWNER);
+	hold(t, TARGET, OWNER2);
+	release(t, TARGET, OWNER);
+	release(t, OTHER, OWNER);
+	runner_wait_asleep(&t->runners[0]);
+	return runner_sleeps(&t->runners[0]) == sleeps;
+}
+
+/* Something else may wake a vCPU, see check_no_cpu_time(), but not each time. */
+static void check_sleeps_on(struct test_vm *t, bool (*sleeps_on)(struct test_vm *t),
+			    const char *what)
+{
+	int i;
+
+	for (i = 0; i < 20; i++) {
+		if (sleeps_on(t))
+			return;
+	}
+	TEST_FAIL("%s woke a flusher that still has to wait in all of %d attempts, expected at least one without",
+		  what, i);
+}
+
 TEST(several)
 {
 	struct test_vm t;
@@ -920,20 +1006,7 @@ TEST(several)
 	finish(&t, 0, 1);
 	finish(&t, 1, 1);
 
-	/*
-	 * Two inhibited VPs: one flusher waits for one, the other for both.  The
-	 * latter sleeps until both are released.
-	 */
-	hold(&t, TARGET, OWNER);
-	hold(&t, OTHER, OWNER);
-	start_blocked(&t, 0);
-	start_blocked(&t, 1);
-	release(&t, TARGET, OWNER);
-	finish(&t, 0, 1);
-	vcpu_run_to_sync(t.vcpus[OTHER]);
-	check_no_cpu_time(&t, 1);
-	release(&t, OTHER, OWNER);
-	finish(&t, 1, 1);
+	check_sleeps_on(&t, sleeps_until_last_release, "The release of one of two VPs");
 
 	/* Two owners of one VP. */
 	hold(&t, TARGET, OWNER);
@@ -943,12 +1016,7 @@ TEST(several)
 	check_no_cpu_time(&t, 0);
 	check_owners(&t, TARGET, OWNER2);
 
-	/* Neither do these calls wake the flusher. */
-	hold(&t, OTHER, OWNER);
-	hold(&t, TARGET, OWNER2);
-	release(&t, TARGET, OWNER);
-	release(&t, OTHER, OWNER);
-	check_no_cpu_time(&t, 0);
+	check_sleeps_on(&t, sleeps_through_changes, "A change of other owners");
 	release(&t, TARGET, OWNER2);
 	finish(&t, 0, 1);
 
@@ -1270,6 +1338,11 @@ TEST(events)
 	set_plain_flush(&t, 1, BIT(TARGET));
 	hold(&t, TARGET, OWNER);
 	start_blocked(&t, 1);
+	stop_by_signal(&t.runners[1]);
+	vcpu_events_get(t.vcpus[1], &events);
+	TEST_ASSERT(!events.interrupt.shadow, "interrupt shadow %#x after a signal, expected 0",
+		    events.interrupt.shadow);
+	start_blocked(&t, 1);
 	send_event(&t, 1, APIC_DM_FIXED | IRQ_VECTOR);
 	wait_count(&t.ctx[1]->irqs, 1, "interrupts");
 	runner_wait_blocked(&t.runners[1], 2);
@@ -1495,6 +1568,128 @@ TEST(timer)
 	kvm_vm_free(t.vm);
 }
 
+static void vcpu_start_message_timers(struct kvm_vcpu *vcpu, uint64_t simp_gpa)
+{
+	int i;
+
+	vcpu_enable_cap(vcpu, KVM_CAP_HYPERV_SYNIC2, 0);
+	vcpu_set_msr(vcpu, HV_X64_MSR_SCONTROL, SYNIC_ENABLE);
+	vcpu_set_msr(vcpu, HV_X64_MSR_SIMP, simp_gpa | SYNIC_ENABLE);
+	for (i = 0; i < 4; i++) {
+		vcpu_set_msr(vcpu, HV_X64_MSR_SINT1 + i, IRQ_VECTOR);
+		/* Expire every 100 ns to 400 ns. */
+		vcpu_set_msr(vcpu, HV_X64_MSR_STIMER0_COUNT + 2 * i, 1 + i);
+		vcpu_set_msr(vcpu, HV_X64_MSR_STIMER0_CONFIG + 2 * i,
+			     STIMER_SINT(1 + i) | STIMER_PERIODIC | STIMER_ENABLE);
+	}
+}
+
+/* Consume the message of one of these timers as the guest would, but without an EOM. */
+static void take_message(uint8_t *simp, int timer)
+{
+	/* The type of the message is the first word of its 256 bytes. */
+	uint32_t *type = (uint32_t *)(simp + 256 * (1 + timer));
+
+	__wait_for(READ_ONCE(*type), "No message of timer %d in %d s", timer,
+		   WAIT_LIMIT_SECS);
+	WRITE_ONCE(*type, 0);
+}
+
+static bool take_messages_until_done(struct runner *r, uint8_t *simp)
+{
+	int i;
+
+	for (i = 0; i < 4; i++)
+		WRITE_ONCE(*(uint32_t *)(simp + 256 * (1 + i)), 0);
+	return __atomic_load_n(&r->done, __ATOMIC_ACQUIRE);
+}
+
+/*
+ * Timers that send messages, and expire faster than KVM delivers these: a blocked vCPU
+ * always has one to deliver.  This neither ends the blocked state, nor keeps a release or
+ * a signal from ending it.
+ */
+TEST(fast_timers)
+{
+	struct test_vm t;
+	uint64_t gpa;
+	uint8_t *simp;
+	int i;
+
+	test_vm_create(&t, vp_maps[0], guest_apic_flusher);
+	gpa = addr_gva2gpa(t.vm, vm_vaddr_alloc_page(t.vm));
+	simp = addr_gpa2hva(t.vm, gpa);
+	set_plain_flush(&t, 0, BIT(OTHER) | BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	vcpu_start_message_timers(t.vcpus[0], gpa);
+
+	start_blocked(&t, 0);
+	for (i = 0; i < 40; i++)
+		take_message(simp, i % 4);
+	runner_check_blocks(&t.runners[0], 1);
+	stop_by_signal(&t.runners[0]);
+
+	start_blocked(&t, 0);
+	hold(&t, OTHER, OWNER);
+	for (i = 0; i < 40; i++)
+		take_message(simp, i % 4);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
+/*
+ * The messages fill the dirty ring of a blocked vCPU.  KVM_RUN returns, and the next one
+ * executes the hypercall again.
+ */
+TEST(dirty_ring)
+{
+	struct test_vm t = { .vp_index = vp_maps[0] };
+	struct kvm_dirty_gfn *ring;
+	struct kvm_run *run;
+	uint8_t *simp;
+	int i, n = 0;
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_DIRTY_LOG_RING));
+	t.vm = ____vm_create(VM_MODE_DEFAULT, NR_PAGES);
+	vm_enable_dirty_ring(t.vm, RING_ENTRIES * sizeof(*ring));
+	kvm_vm_elf_load(t.vm, program_invocation_name);
+	vm_create_irqchip(t.vm);
+	test_vm_init(&t, guest_apic_flusher);
+	vm_userspace_mem_region_add(t.vm, VM_MEM_SRC_ANONYMOUS, FAULT_GPA, FAULT_SLOT, 1,
+				    KVM_MEM_LOG_DIRTY_PAGES);
+	simp = addr_gpa2hva(t.vm, FAULT_GPA);
+	run = t.vcpus[0]->run;
+
+	set_plain_flush(&t, 0, BIT(TARGET));
+	hold(&t, TARGET, OWNER);
+	vcpu_start_message_timers(t.vcpus[0], FAULT_GPA);
+	start_blocked(&t, 0);
+	__wait_for(take_messages_until_done(&t.runners[0], simp),
+		   "The dirty ring is not full after %d s", WAIT_LIMIT_SECS);
+	runner_join(&t.runners[0]);
+	TEST_ASSERT(!t.runners[0].ret && run->exit_reason == KVM_EXIT_DIRTY_RING_FULL,
+		    "ret %d exit reason %s, expected 0 and DIRTY_RING_FULL",
+		    t.runners[0].ret, exit_reason_str(run->exit_reason));
+	runner_check_blocks(&t.runners[0], 1);
+
+	ring = vcpu_map_dirty_ring(t.vcpus[0]);
+	for (i = 0; i < RING_ENTRIES; i++) {
+		if (ring[i].flags != KVM_DIRTY_GFN_F_DIRTY)
+			continue;
+		ring[i].flags = KVM_DIRTY_GFN_F_RESET;
+		n++;
+	}
+	TEST_ASSERT(kvm_vm_reset_dirty_ring(t.vm) == n, "KVM_RESET_DIRTY_RINGS failed");
+	for (i = 0; i < 4; i++)
+		vcpu_set_msr(t.vcpus[0], HV_X64_MSR_STIMER0_CONFIG + 2 * i, 0);
+
+	start_blocked(&t, 0);
+	release(&t, TARGET, OWNER);
+	finish(&t, 0, 1);
+	kvm_vm_free(t.vm);
+}
+
 /*
  * The notification that a page is ready stays pending, because interrupts are
  * disabled.  Therefore KVM cannot send that of the second page.  Neither notification
@@ -1543,7 +1738,7 @@ TEST(async_pf)
 
 static void guest_spinner(void)
 {
-	/* Bochs takes no interrupts of the host while a guest has them disabled. */
+	/* Bochs delivers no interrupts of the host while a guest has them disabled. */
 	asm volatile("sti");
 	for (;;)
 		cpu_relax();
@@ -1590,8 +1785,8 @@ static void check_steal_time_outside(struct test_vm *t, uint64_t old)
 TEST(steal_time)
 {
 	struct kvm_steal_time *st;
+	uint64_t gpa, flushes;
 	struct test_vm t;
-	uint64_t gpa;
 	int r;
 
 	test_vm_create(&t, vp_maps[0], guest_flusher);
@@ -1625,6 +1820,27 @@ TEST(steal_time)
 	check_steal_time_outside(&t, gpa | KVM_MSR_ENABLED);
 	hold(&t, TARGET, OWNER);
 	release(&t, TARGET, OWNER);
+
+	/* A flush that the memory asks for is not lost when KVM clears it. */
+	set_call(t.vcpus[OTHER], guest_target, 0);
+	pin_to_cpu();
+	vcpu_run_to_sync(t.vcpus[OTHER]);
+	flushes = vcpu_get_stat(t.vcpus[OTHER], "tlb_flush");
+	vcpu_run_to_sync(t.vcpus[OTHER]);
+	ASSERT_EQ(vcpu_get_stat(t.vcpus[OTHER], "tlb_flush"), flushes);
+	st->preempted = KVM_VCPU_PREEMPTED | KVM_VCPU_FLUSH_TLB;
+	vcpu_set_msr(t.vcpus[OTHER], MSR_KVM_STEAL_TIME, gpa | KVM_MSR_ENABLED);
+	vcpu_run_to_sync(t.vcpus[OTHER]);
+	TEST_ASSERT(vcpu_get_stat(t.vcpus[OTHER], "tlb_flush") > flushes,
+		    "no flush, although KVM_VCPU_FLUSH_TLB was set");
+
+	/* Nor is one that the guest asks for later. */
+	flushes = vcpu_get_stat(t.vcpus[OTHER], "tlb_flush");
+	st->preempted = KVM_VCPU_FLUSH_TLB;
+	vcpu_run_to_sync(t.vcpus[OTHER]);
+	TEST_ASSERT(vcpu_get_stat(t.vcpus[OTHER], "tlb_flush") > flushes && !st->preempted,
+		    "no flush, although the guest has set KVM_VCPU_FLUSH_TLB");
+	unpin_from_cpu();
 	kvm_vm_free(t.vm);
 }
 
@@ -1840,9 +2056,11 @@ TEST(init_sipi)
 		0xe6, STUB_PORT,	/* out %al, $STUB_PORT */
 		0xf4,			/* hlt */
 	};
+	struct kvm_mp_state mp_state;
 	struct kvm_sregs sregs;
 	vm_paddr_t page;
 	struct test_vm t;
+	uint64_t ns;
 
 	memset(&t, 0, sizeof(t));
 	t.vp_index = vp_maps[0];
@@ -1858,19 +2076,38 @@ TEST(init_sipi)
 	vm_create_irqchip(t.vm);
 	test_vm_init(&t, guest_irq_flusher);
 
+	set_plain_flush(&t, 0, BIT(TARGET));
 	set_plain_flush(&t, 1, BIT(TARGET));
 	hold(&t, TARGET, OWNER);
+	ns = vcpu_get_stat(t.vcpus[1], "hv_tlb_flush_blocked_ns");
 	start_blocked(&t, 1);
 
-	/* vCPU 1 is not the BSP, so it waits for SIPI after INIT. */
+	/* INIT ends the blocked state.  vCPU 1 is not the BSP, so it waits for SIPI. */
 	send_event(&t, 1, APIC_DM_INIT);
+	__wait_for(vcpu_get_stat(t.vcpus[1], "hv_tlb_flush_blocked_ns") != ns,
+		   "vCPU 1 is still blocked %d s after INIT", WAIT_LIMIT_SECS);
+	stop_by_signal(&t.runners[1]);
+	vcpu_mp_state_get(t.vcpus[1], &mp_state);
+	TEST_ASSERT(mp_state.mp_state == KVM_MP_STATE_INIT_RECEIVED,
+		    "MP state %u after INIT, expected %u", mp_state.mp_state,
+		    KVM_MP_STATE_INIT_RECEIVED);
+	start(&t, 1);
 	send_event(&t, 1, APIC_DM_STARTUP | SIPI_VECTOR);
 	join_stub(&t.runners[1]);
-	runner_check_blocks(&t.runners[1], 1);
+	runner_check_blocks(&t.runners[1], 0);
 
 	vcpu_sregs_get(t.vcpus[1], &sregs);
 	TEST_ASSERT(sregs.cs.base == SIPI_GPA,
 		    "CS base %#llx, expected %#x", sregs.cs.base, SIPI_GPA);
+
+	/* The BSP starts at once, at the reset vector. */
+	vm_userspace_mem_region_add(t.vm, VM_MEM_SRC_ANONYMOUS, RESET_GPA & ~(PAGE_SIZE - 1ull),
+				    FAULT_SLOT, 1, 0);
+	memcpy(addr_gpa2hva(t.vm, RESET_GPA), code, sizeof(code));
+	start_blocked(&t, 0);
+	send_event(&t, 0, APIC_DM_INIT);
+	join_stub(&t.runners[0]);
+	runner_check_blocks(&t.runners[0], 1);
 	check_owners(&t, TARGET, OWNER);
 	kvm_vm_free(t.vm);
 }
@@ -2182,9 +2419,26 @@ static void wait_random(uint64_t max_ns)
 		cpu_relax();
 }
 
+/* Add random owners of one or both targets, and remove them in the same order. */
+static void toggle(struct test_vm *t, uint64_t span)
+{
+	static const int vcpus[] = { TARGET, OTHER };
+	int nr = 1 + random() % 2, first = random() % 2, i;
+	uint32_t owners[2];
+
+	for (i = 0; i < nr; i++) {
+		owners[i] = BIT(random() % 32);
+		hold(t, vcpus[first ^ i], owners[i]);
+	}
+	for (i = 0; i < nr; i++) {
+		wait_random(span);
+		release(t, vcpus[first ^ i], owners[i]);
+	}
+}
+
 /*
- * Add and remove an owner of TARGET while two vCPUs flush it all the time.
- * Hold it for random times, up to the time of a few flushes, so that releases
+ * Add and remove owners of two VPs while two vCPUs flush these all the time.
+ * Hold them for random times, up to the time of a few flushes, so that releases
  * come at any point of a flush.  A vCPU that misses a wake-up stays blocked
  * although no VP is inhibited.
  *
@@ -2203,7 +2457,7 @@ TEST(race)
 	flushers_blocked(&t);
 
 	for (f = 0; f < NR_FLUSHERS; f++) {
-		set_plain_flush(&t, f, BIT(TARGET));
+		set_plain_flush(&t, f, BIT(TARGET) | BIT(OTHER));
 		start(&t, f);
 		wait_progress(&t.ctx[f]->count, 0, "A flusher");
 	}
@@ -2223,9 +2477,7 @@ TEST(race)
 		TEST_ASSERT(i < toggles ||
 			    now_ns() - start_ns < WAIT_LIMIT_SECS * NSEC_PER_SEC,
 			    "No flush was blocked in %lu toggles", i);
-		hold(&t, TARGET, OWNER);
-		wait_random(span);
-		release(&t, TARGET, OWNER);
+		toggle(&t, span);
 
 		/* The next release would hide a missed wake-up, but let it come early, too. */
 		if (random() % 2)
@@ -2248,15 +2500,18 @@ TEST(race)
 
 /*
  * The guest changes a page table entry again and again, to point to one page
- * after the other.  It flushes the TLB after each change.  When the flush has
- * completed, it poisons the page that the entry pointed to before.  A walk with
- * TlbFlushInhibit must not find a poisoned page.
+ * after the other.  It flushes the TLB after each change, with all forms of the
+ * hypercall in turn.  When the flush has completed, it poisons the page that the entry
+ * pointed to before.  A walk with TlbFlushInhibit must not find a poisoned page.
  */
 #define VALID		0x600d
 #define POISON		0xdead
 #define NR_SWITCHED	4
+#define NR_FORMS	(2 * ARRAY_SIZE(hyperv_flush_codes))
 
 struct switcher {
+	struct hyperv_tlb_flush flushes[NR_FORMS];
+	bool other_writer;	/* Another vCPU changes the entry. */
 	uint64_t *pte;
 	uint64_t ptes[NR_SWITCHED];
 	uint64_t *pages[NR_SWITCHED];
@@ -2264,19 +2519,48 @@ struct switcher {
 	bool stop;
 };
 
+static void switch_page(struct switcher *s, uint64_t i)
+{
+	WRITE_ONCE(*s->pages[i % NR_SWITCHED], VALID);
+	WRITE_ONCE(*s->pte, s->ptes[i % NR_SWITCHED]);
+}
+
 static void guest_switcher(struct guest_ctx *ctx, struct switcher *s)
 {
+	struct hyperv_tlb_flush *flush;
 	uint64_t status, i;
 
 	hyperv_enable_hypercalls(ctx->pages);
+	/* Bochs delivers no interrupts of the host while a guest has them disabled. */
+	asm volatile("sti");
 
 	for (i = 1; !READ_ONCE(s->stop); i++) {
-		WRITE_ONCE(*s->pages[i % NR_SWITCHED], VALID);
-		WRITE_ONCE(*s->pte, s->ptes[i % NR_SWITCHED]);
-		status = hyperv_flush_tlb(ctx->pages, &ctx->flush);
-		GUEST_ASSERT_1(status == HV_STATUS_SUCCESS, status);
+		if (!s->other_writer)
+			switch_page(s, i);
+		while (READ_ONCE(*s->pte) != s->ptes[i % NR_SWITCHED]) {
+			if (READ_ONCE(s->stop))
+				GUEST_SYNC(0);
+			cpu_relax();
+		}
+		flush = &s->flushes[i % NR_FORMS];
+		status = hyperv_flush_tlb(ctx->pages, flush);
+		GUEST_ASSERT_1(status == hyperv_flush_success(flush), status);
 		WRITE_ONCE(*s->pages[(i - 1) % NR_SWITCHED], POISON);
-		WRITE_ONCE(s->switches, s->switches + 1);
+		WRITE_ONCE(s->switches, i);
+	}
+	GUEST_SYNC(0);
+}
+
+/* Change the entry for guest_switcher(), which flushes when it has seen the change. */
+static void guest_writer(struct switcher *s)
+{
+	uint64_t i;
+
+	asm volatile("sti");
+	for (i = 1; !READ_ONCE(s->stop); i++) {
+		switch_page(s, i);
+		while (READ_ONCE(s->switches) != i && !READ_ONCE(s->stop))
+			cpu_relax();
 	}
 	GUEST_SYNC(0);
 }
@@ -2314,7 +2598,7 @@ static uint64_t nr_blocks(struct test_vm *t)
 	return vcpu_get_stat(t->vcpus[0], "hv_tlb_flush_blocks");
 }
 
-TEST(walk)
+static void test_walk(bool other_writer)
 {
 	uint64_t i, blocks, poisoned = 0, unprotected = 0;
 	vm_vaddr_t ctx_gva, s_gva, page, other;
@@ -2324,20 +2608,24 @@ TEST(walk)
 
 	memset(&t, 0, sizeof(t));
 	t.vp_index = vp_maps[0];
-	t.vm = vm_create(2);
+	t.vm = vm_create(3);
 	test_vm_add_vcpu(&t, 0, guest_switcher);
 	test_vm_add_vcpu(&t, 1, guest_target);
+	test_vm_add_vcpu(&t, 2, guest_writer);
 
 	ctx_gva = vm_vaddr_alloc_page(t.vm);
 	t.ctx[0] = addr_gva2hva(t.vm, ctx_gva);
 	t.ctx[0]->pages = (void *)vcpu_alloc_hyperv_hcall_pages(t.vm);
-	set_plain_flush(&t, 0, BIT(1));
 
 	/* The page whose translation changes, and the pages it changes to */
 	page = vm_vaddr_alloc_page(t.vm);
-	s_gva = vm_vaddr_alloc_page(t.vm);
+	s_gva = vm_vaddr_alloc(t.vm, sizeof(*s), KVM_UTIL_MIN_VADDR);
 	s = addr_gva2hva(t.vm, s_gva);
 	switcher = s;
+	s->other_writer = other_writer;
+	for (i = 0; i < NR_FORMS; i++)
+		hyperv_set_flush(&s->flushes[i], hyperv_flush_codes[i / 2], i % 2, t.vp_index,
+				 BIT(1));
 	s->pte = (void *)vm_map_page_table_entry(t.vm, t.vcpus[0], page);
 	for (i = 0; i < NR_SWITCHED; i++) {
 		other = vm_vaddr_alloc_page(t.vm);
@@ -2348,8 +2636,11 @@ TEST(walk)
 	vm_set_page_table_entry(t.vm, t.vcpus[0], page, s->ptes[0]);
 	pte = addr_gpa2hva(t.vm, addr_gva2gpa(t.vm, (vm_vaddr_t)s->pte));
 	vcpu_args_set(t.vcpus[0], 2, ctx_gva, s_gva);
+	vcpu_args_set(t.vcpus[2], 1, s_gva);
 
 	start(&t, 0);
+	if (other_writer)
+		runner_start(&t.runners[1], t.vcpus[2]);
 
 	for (i = 0; i < walks; i++) {
 		/* As a control, without TlbFlushInhibit. */
@@ -2365,6 +2656,8 @@ TEST(walk)
 
 	WRITE_ONCE(s->stop, true);
 	runner_join_sync(&t.runners[0], 0);
+	if (other_writer)
+		runner_join_sync(&t.runners[1], 0);
 
 	pr_info("%lu walks, %lu switches, %lu times blocked, %lu walks without TlbFlushInhibit found a poisoned page\n",
 		walks, s->switches, nr_blocks(&t), unprotected);
@@ -2375,6 +2668,17 @@ TEST(walk)
 		    "None of %lu walks without TlbFlushInhibit found a poisoned page, expected at least one",
 		    walks);
 	kvm_vm_free(t.vm);
+}
+
+TEST(walk)
+{
+	test_walk(false);
+}
+
+/* Another vCPU changes the entry, and the vCPU that flushes only reads it. */
+TEST(walk_other_writer)
+{
+	test_walk(true);
 }
 
 static void no_op(int sig)

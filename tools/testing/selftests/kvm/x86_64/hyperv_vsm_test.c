@@ -7,6 +7,7 @@
  *
  * - the exit and its completion, in 64-bit and in compatibility mode, with XMM
  *   registers, and at CPL 3;
+ * - a flush that blocks in compatibility mode;
  * - the privilege that each hypercall needs.
  *
  * The other cases emulate VSM, with one VM per virtual trust level (VTL).  Virtual
@@ -258,26 +259,62 @@ TEST(exits)
 	kvm_vm_free(vm);
 }
 
-TEST(compat_mode)
+static void enter_compat_mode(struct caller *c)
 {
-	struct caller c;
-	struct kvm_vm *vm = caller_create(&c, 1);
 	struct kvm_sregs sregs;
-	int i;
 
-	vcpu_sregs_get(c.vcpu, &sregs);
+	vcpu_sregs_get(c->vcpu, &sregs);
 	sregs.cs.l = 0;
 	sregs.cs.db = 1;
 	sregs.ss = sregs.ds;
 	sregs.ss.db = 1;
-	vcpu_sregs_set(c.vcpu, &sregs);
-	c.compat = true;
+	vcpu_sregs_set(c->vcpu, &sregs);
+	c->compat = true;
+}
 
+TEST(compat_mode)
+{
+	struct caller c;
+	struct kvm_vm *vm = caller_create(&c, 1);
+	int i;
+
+	enter_compat_mode(&c);
 	check_no_exit(&c, HVCALL_VTL_CALL, HV_STATUS_INVALID_HYPERCALL_CODE);
 	vm_enable_cap(vm, KVM_CAP_HYPERV_VSM_HYPERCALLS, 1);
 	for (i = 0; i < ARRAY_SIZE(hcalls); i++)
 		check_exit(&c, hcalls[i].code | 0xabcULL << HV_HYPERCALL_REP_COMP_OFFSET);
 	check_no_exit(&c, HVCALL_VTL_CALL | BIT_ULL(63), HV_STATUS_INVALID_HYPERCALL_INPUT);
+	kvm_vm_free(vm);
+}
+
+#define NR_FLUSHED	0x123ull
+
+static void *thread_flush_list(void *c)
+{
+	call(c, HVCALL_FLUSH_VIRTUAL_ADDRESS_LIST | HV_HYPERCALL_FAST_BIT |
+		NR_FLUSHED << HV_HYPERCALL_REP_COMP_OFFSET, 0, HV_FLUSH_ALL_PROCESSORS);
+	return NULL;
+}
+
+/* A flush that blocks in compatibility mode returns its result in EDX and EAX. */
+TEST(compat_flush)
+{
+	struct kvm_hyperv_tlb_flush_inhibit inhibit = { .vp_index = 1, .owners = 1, .mask = 1 };
+	struct caller c[2];
+	struct kvm_vm *vm = caller_create(c, ARRAY_SIZE(c));
+	pthread_t thread;
+
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_HYPERV_TLB_FLUSH_INHIBIT));
+	enter_compat_mode(&c[0]);
+	vm_ioctl(vm, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, &inhibit);
+	ASSERT_EQ(vcpu_get_stat(c[0].vcpu, "hv_tlb_flush_blocks"), 0);
+	thread = start_thread(thread_flush_list, &c[0]);
+	vcpu_wait_stat(c[0].vcpu, "hv_tlb_flush_blocks", 1);
+	inhibit.owners = 0;
+	vm_ioctl(vm, KVM_HYPERV_SET_TLB_FLUSH_INHIBIT, &inhibit);
+	join_thread(thread, "KVM_RUN of a flush in compatibility mode");
+	expect_result(&c[0], NR_FLUSHED << 32);
+	check_return(&c[0]);
 	kvm_vm_free(vm);
 }
 

@@ -659,6 +659,41 @@ TEST_F(gate, before_zap)
 		      shinfo_pending());
 }
 
+/*
+ * The same with a page outside of all memslots, directly after the slot, stopped in the
+ * start hook and in the end hook
+ */
+TEST_F(gate, hva)
+{
+	struct kvm_xen_hvm_attr attr = { .type = KVM_XEN_ATTR_TYPE_SHARED_INFO_HVA };
+	int gate[2] = { open_attached_gate(), open_gate() };
+	unsigned long *word;
+	unsigned int i;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_SHARED_INFO_HVA);
+	create_vm(NR_PAGES);
+	attach_gate(gate[1]);
+	word = pending(NR_PAGES);
+	attr.u.shared_info.hva = (unsigned long)page(NR_PAGES);
+	vm_ioctl(vm, KVM_XEN_HVM_SET_ATTR, &attr);
+
+	for (i = 0; i < 2; i++) {
+		set(word, 0);
+		expect_send(4, 0);
+		close_gate(gate[i], NR_PAGES, 1, i ? MMU_GATE_END : MMU_GATE_START);
+		start_dropper(&threads[1], NR_PAGES, 1);
+		wait_gate(gate[i], 1);
+
+		start_waiter(&threads[0], sender_fn);
+		/* In the start hook, the page is still mapped, so this read does not fault. */
+		WINDOW_ASSERT(i || get(word) == 0x10, "expected 0x10 pending, got %#lx", get(word));
+		open_for_all(gate[i]);
+		join(&threads[0]);
+		join(&threads[1]);
+		TEST_ASSERT(get(word) == 0x8, "expected 0x8 pending, got %#lx", get(word));
+	}
+}
+
 /* A refresh does not wait for invalidations on both sides of its page. */
 TEST_F(gate, neighbours)
 {
@@ -866,6 +901,51 @@ static void start_failing_dropper(struct thread *t, unsigned int nr)
 	start(t, failing_dropper_fn);
 }
 
+/*
+ * Two ranges on both sides of the page are merged.  An invalidation of the same range as
+ * one of them, which has a record of its own, does not keep the merged range alive.
+ */
+static void expect_own_records(void)
+{
+	int fill = open_attached_gate(), spare = open_attached_gate();
+	int merged = open_attached_gate(), again = open_attached_gate();
+	uint64_t overflows = vm_get_stat(vm, "pfncache_overflow");
+	unsigned int i, n = 0;
+
+	/* Use all records, such that two of them can be released separately. */
+	close_gate(fill, first_page(false) + 2, KVM_MIN_GPC_RECORDS - 2, MMU_GATE_END);
+	close_gate(spare, first_page(false), 2, MMU_GATE_END);
+	for (i = 0; i < KVM_MIN_GPC_RECORDS; i++)
+		start_dropper(&threads[1 + n++], first_page(false) + i, 1);
+	wait_gate(fill, KVM_MIN_GPC_RECORDS - 2);
+	wait_gate(spare, 2);
+
+	close_gate(merged, SHINFO_PAGE - 1, 3, MMU_GATE_END);
+	start_failing_dropper(&threads[1 + n++], SHINFO_PAGE - 1);
+	start_failing_dropper(&threads[1 + n++], SHINFO_PAGE + 1);
+	wait_gate(merged, 2);
+	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
+	WINDOW_ASSERT(overflows == 2, "expected 2 overflows, got %lu", overflows);
+
+	open_for_all(spare);
+	join(&threads[1]);
+	join(&threads[2]);
+	close_gate(again, SHINFO_PAGE - 1, 1, MMU_GATE_END);
+	start_dropper(&threads[1 + n++], SHINFO_PAGE - 1, 1);
+	wait_gate(again, 1);
+
+	open_for_all(merged);
+	join(&threads[1 + KVM_MIN_GPC_RECORDS]);
+	join(&threads[2 + KVM_MIN_GPC_RECORDS]);
+	expect_no_wait();
+
+	open_for_all(fill);
+	open_for_all(again);
+	for (i = 2; i < KVM_MIN_GPC_RECORDS; i++)
+		join(&threads[1 + i]);
+	join(&threads[n]);
+}
+
 /* Ranges for which KVM cannot allocate memory are merged. */
 TEST_F(gate, overflow)
 {
@@ -884,6 +964,7 @@ TEST_F(gate, overflow)
 	create_vm(NR_PAGES);
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
+	expect_own_records();
 
 	overflows = vm_get_stat(vm, "pfncache_overflow");
 	close_gate(gate, first_page(false), NR_SIDE + 1, MMU_GATE_END);
@@ -2048,6 +2129,43 @@ TEST_F(gate, other_slot)
 		    shinfo_pending());
 }
 
+static void recreate_slot_fn(struct thread *t)
+{
+	vm_set_user_memory_region(vm, SLOT, 0, BASE_GPA, 0, mem);
+	map_slot(NR_PAGES * page_size);
+}
+
+/*
+ * The slot is deleted and created again, with the same memory, while a refresh waits for an
+ * invalidation.  The refresh finds the slot before or during the deletion.
+ */
+TEST_F(gate, recreated_slot)
+{
+	int gate = open_gate();
+	unsigned int i;
+
+	create_vm(NR_PAGES);
+	attach_gate(gate);
+	set_shinfo(SHINFO_PAGE);
+
+	for (i = 0; i < nr_rounds; i++) {
+		close_gate(gate, SHINFO_PAGE, 1, MMU_GATE_END);
+		start_dropper(&threads[1], SHINFO_PAGE, 1);
+		wait_gate(gate, 1);
+		start_waiter(&threads[0], sender_fn);
+		start(&threads[2], recreate_slot_fn);
+		wait_for(is_asleep(&threads[2]));
+
+		open_for_all(gate);
+		join(&threads[0]);
+		join(&threads[1]);
+		join(&threads[2]);
+		expect_send(4, 0);
+		TEST_ASSERT(shinfo_pending() == 0x18,
+			    "round %u: expected 0x18 pending, got %#lx", i, shinfo_pending());
+	}
+}
+
 /* A structure that would cross a page boundary is refused and not written. */
 TEST_F(pfncache, page_crossing)
 {
@@ -2595,6 +2713,7 @@ int main(int argc, char *argv[])
 	has_gate = !access("/dev/test_mmu_gate", R_OK | W_OK);
 
 	if (measurement) {
+		restore_settings_at_exit();
 		measure(measurement);
 		return 0;
 	}

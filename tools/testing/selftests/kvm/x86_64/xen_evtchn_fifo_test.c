@@ -1621,6 +1621,44 @@ TEST(migration_no_vcpu_info)
 	fifo_vm_free(to);
 }
 
+/*
+ * The vCPU has run since userspace set anything else, so the control block alone has to
+ * make it look for a ready queue.
+ */
+TEST(control_after_run)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_MODE | SETUP_ARRAY);
+
+	control(f, 0)->head[7] = 55;
+	control(f, 0)->ready = BIT(7);
+	run_immediate(f->vcpus[0]);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 0);
+
+	ASSERT_EQ(set_control(f, 0, control_gpa(0)), 0);
+	run_immediate(f->vcpus[0]);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
+	fifo_vm_free(f);
+}
+
+/* Like control_after_run, but with the waiting ports alone. */
+TEST(waiting_after_run)
+{
+	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	static struct kvm_xen_fifo_waiting waiting;
+	uint32_t port = 55;
+
+	ASSERT_EQ(set_port(f, port, f->vcpus[0]->id, 7), 0);
+	run_immediate(f->vcpus[0]);
+
+	add_waiting(waiting.unsent, port);
+	ASSERT_EQ(set_waiting(f, &waiting), 0);
+	assert_word(f, port, 0);
+	run_immediate(f->vcpus[0]);
+	assert_word(f, port, PENDING | LINKED);
+	ASSERT_EQ(vcpu_info(f, 0)->evtchn_upcall_pending, 1);
+	fifo_vm_free(f);
+}
+
 /* Set by the interrupt handler when an upcall has arrived. */
 static bool guest_upcall_arrived;
 

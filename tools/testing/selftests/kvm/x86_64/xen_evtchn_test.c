@@ -26,6 +26,7 @@
 #include "kvm_test_harness.h"
 #include "kvm_util.h"
 #include "processor.h"
+#include "trace.h"
 #include "uffd.h"
 #include "vmx.h"
 #include "xen.h"
@@ -424,6 +425,49 @@ TEST(delivery)
 	xen_vm_free(x);
 }
 
+/*
+ * The ports of 64-bit mode can be set up in 32-bit mode, for example by userspace that
+ * restores the mode later.  Events are sent to them only in 64-bit mode.
+ */
+TEST(ports_of_any_mode)
+{
+	static const uint32_t ports[] = { COMPAT_PORTS - 1, COMPAT_PORTS, LONG_MODE_PORTS - 1 };
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_send);
+	struct kvm_run *run = x->vcpus[0]->run;
+	int mode, i, err;
+
+	set_long_mode(x, false);
+	for (i = 0; i < ARRAY_SIZE(ports); i++) {
+		err = set_send_port(x, ports[i], 0, ports[i], 1);
+		TEST_ASSERT(!err, "port %u: errno %d, expected none", ports[i], err);
+		err = set_send_port(x, ports[i], KVM_XEN_EVTCHN_UPDATE, ports[i], 1);
+		TEST_ASSERT(!err, "update of port %u: errno %d, expected none", ports[i], err);
+	}
+	ASSERT_EQ(set_send_port(x, LONG_MODE_PORTS, 0, 8, 1), EINVAL);
+	ASSERT_EQ(set_send_port(x, 8, 0, LONG_MODE_PORTS, 1), EINVAL);
+
+	for (mode = 0; mode < 2; mode++) {
+		set_long_mode(x, mode);
+		for (i = 0; i < ARRAY_SIZE(ports); i++) {
+			clear_pages(x);
+			guest_send_port = ports[i];
+			sync_global_to_guest(x->vm, guest_send_port);
+			if (mode || ports[i] < COMPAT_PORTS) {
+				ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
+				assert_delivered(x, ports[i], 1, "hypercall");
+				continue;
+			}
+			/* KVM leaves the hypercall to userspace. */
+			vcpu_run(x->vcpus[0]);
+			ASSERT_EQ(run->exit_reason, KVM_EXIT_XEN);
+			assert_untouched(x, ports[i], "hypercall");
+			run->xen.u.hcall.result = EINVAL;
+			ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), EINVAL);
+		}
+	}
+	xen_vm_free(x);
+}
+
 /* An absent shared_info page is faulted in by the irqfd worker or the sender. */
 TEST(absent_pages)
 {
@@ -473,10 +517,9 @@ static void *thread_get_version(void *vm)
 }
 
 /*
- * A vCPU that sends an event and waits for the shared_info page is in an SRCU
- * section.  A task that holds kvm->lock may wait for the end of such sections,
- * so the vCPU must neither wait for kvm->lock nor hold it.  The vCPU must not hold xen_lock
- * either, because userspace may need a Xen attribute in order to provide the page.
+ * While a vCPU that sends an event waits for the shared_info page, it must hold neither
+ * kvm->lock nor xen_lock, because userspace may need an ioctl that takes one of them in
+ * order to provide the page.
  */
 TEST(kvm_lock)
 {
@@ -632,28 +675,29 @@ static struct kvm_xen_vcpu_attr get_vcpu_attr(struct kvm_vcpu *vcpu, uint16_t ty
  * The mode changes while the host sends to ports that only long mode has.  The
  * vcpu_info is absent, so KVM records the word of each port as a bit in a field
  * of 64 bits.  If KVM computes the index of the word with 32 ports per word, it
- * sets a bit beyond that field, in the vCPU's Xen ID.
+ * sets a bit beyond that field, which changes the vCPU's Xen ID, or KVM warns.
  */
 TEST(mode_race)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	int i, err, nr_sent = 0, nr_refused = 0;
 	uint32_t vcpu_id;
 	pthread_t thread;
-	int i, err;
 
 	make_absent(x, VCPU_INFO_PAGE);
 	race_stop = false;
 	thread = start_thread(thread_change_mode, x);
 
-	for (i = 0; i < nr_races * 5000; i++) {
+	for (i = 0; i < nr_races * 5000 || !nr_sent || !nr_refused; i++) {
 		uint32_t port = COMPAT_PORTS * 2 + i * 32 % COMPAT_PORTS;
 
 		shared_page(x, SHINFO_PAGE)[XEN_SHINFO_PENDING + port / 8] = 0;
 		err = send_by_ioctl(x, port, 0);
 		TEST_ASSERT(!err || err == EINVAL,
 			    "port %u: errno %d, expected none or EINVAL", port, err);
+		nr_sent += !err;
+		nr_refused += !!err;
 	}
-
 	WRITE_ONCE(race_stop, true);
 	join_thread(thread, "KVM_XEN_ATTR_TYPE_LONG_MODE");
 
@@ -746,6 +790,56 @@ TEST(hypercall_page_by_host)
 	ASSERT_EQ(page[0], 0xb8);
 	ASSERT_EQ(get_vm_attr(x, KVM_XEN_ATTR_TYPE_LONG_MODE).u.long_mode, true);
 
+	xen_vm_free(x);
+}
+
+/* Let a vCPU run unpaged 32-bit code at @cpl: a hypercall at the start of a page. */
+static void run_hypercall_at(struct kvm_vcpu *vcpu, int cpl, uint64_t rip)
+{
+	struct kvm_segment code = {
+		.limit = ~0u, .selector = 0x8 | cpl, .type = 0xb, .s = 1, .dpl = cpl,
+		.present = 1, .db = 1, .g = 1,
+	}, data = code;
+	struct kvm_regs regs = {
+		.rax = 0x77, .rbx = 1, .rcx = 2, .rdx = 3, .rsi = 4, .rdi = 5, .rbp = 6,
+		.rip = rip, .rflags = X86_EFLAGS_FIXED,
+	};
+	struct kvm_sregs sregs;
+
+	vcpu_sregs_get(vcpu, &sregs);
+	data.selector += 0x8;
+	data.type = 0x3;
+	sregs.cs = code;
+	sregs.ds = sregs.es = sregs.ss = data;
+	sregs.cr0 = X86_CR0_PE;
+	sregs.cr4 = 0;
+	sregs.efer = 0;
+	vcpu_sregs_set(vcpu, &sregs);
+	vcpu_regs_set(vcpu, &regs);
+	vcpu_run(vcpu);
+}
+
+/* Userspace handles this hypercall for either privilege level, and the trace shows it. */
+TEST(hypercall_trace)
+{
+	struct xen_vm *x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL);
+	const uint8_t vmcall[] = { 0x0f, 0x01, 0xc1 }, vmmcall[] = { 0x0f, 0x01, 0xd9 };
+	struct kvm_run *run;
+	char expected[128];
+	int i;
+
+	memcpy(shared_page(x, TIME_INFO_PAGE), is_intel_cpu() ? vmcall : vmmcall,
+	       sizeof(vmcall));
+	trace_start("kvm/kvm_xen_hypercall");
+	for (i = 0; i < 2; i++) {
+		run_hypercall_at(x->vcpus[i], i * 3, PAGE_GPA(TIME_INFO_PAGE));
+		run = x->vcpus[i]->run;
+		ASSERT_EQ(run->exit_reason, KVM_EXIT_XEN);
+		ASSERT_EQ(run->xen.u.hcall.cpl, i * 3);
+		snprintf(expected, sizeof(expected),
+			 "cpl %d nr 0x77 a0 0x1 a1 0x2 a2 0x3 a3 0x4 a4 0x5 a5 6", i * 3);
+		check_trace("hypercall", expected);
+	}
 	xen_vm_free(x);
 }
 
@@ -967,6 +1061,71 @@ static void test_arguments_of(struct xen_vm *x, bool compat)
 				 ARGS_GVA, 0), -EFAULT);
 }
 
+static uint64_t vm_clock_ns(struct xen_vm *x)
+{
+	struct kvm_clock_data clock;
+
+	vm_ioctl(x->vm, KVM_GET_CLOCK, &clock);
+	return clock.clock;
+}
+
+static void *thread_make_hypercall(void *vcpu)
+{
+	return (void *)vcpu_run_to_sync(vcpu);
+}
+
+/* Poll port 9, which stays clear, until the guest's clock shows @deadline. */
+static void poll_until(struct xen_vm *x, bool compat, uint64_t deadline)
+{
+	struct {
+		uint64_t ports;
+		uint32_t nr_ports, pad;
+		uint64_t timeout;
+	} poll = { .ports = ARGS_GVA + 64, .nr_ports = 1, .timeout = deadline };
+	struct {
+		uint32_t ports;
+		uint32_t nr_ports;
+		uint64_t timeout;
+	} compat_poll = { .ports = ARGS_GVA + 64, .nr_ports = 1, .timeout = deadline };
+	uint32_t port = 9;
+
+	write_arg(x, ARGS_GVA, compat ? (void *)&compat_poll : &poll,
+		  compat ? sizeof(compat_poll) : sizeof(poll));
+	write_arg(x, ARGS_GVA + 64, &port, sizeof(port));
+	set_guest_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll, ARGS_GVA, 0);
+	ASSERT_EQ(join_thread(start_thread(thread_make_hypercall, x->vcpus[0]),
+			      "SCHEDOP_poll with a timeout"), 0);
+}
+
+/* The timeout of a poll is a time of the guest's clock. */
+TEST(poll_timeout)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
+	struct kvm_clock_data clock = { .clock = 1000 * NSEC_PER_SEC };
+	uint64_t deadline, wakeups;
+	int compat;
+
+	virt_map(x->vm, ARGS_GVA, PAGE_GPA(ARGS_PAGES), 1);
+	vcpu_run_to_sync(x->vcpus[0]);
+	xen_add_code32_segment(x->vm, x->vcpus[0]);
+	vm_ioctl(x->vm, KVM_SET_CLOCK, &clock);
+
+	for (compat = 0; compat < 2; compat++) {
+		wakeups = vcpu_get_stat(x->vcpus[0], "halt_wakeup");
+		poll_until(x, compat, NSEC_PER_SEC);
+		TEST_ASSERT(vcpu_get_stat(x->vcpus[0], "halt_wakeup") == wakeups,
+			    "%d-bit poll with a timeout that has passed waited",
+			    compat ? 32 : 64);
+
+		deadline = vm_clock_ns(x) + NSEC_PER_SEC / 20;
+		poll_until(x, compat, deadline);
+		/* KVM's timer counts in jiffies, which can lag behind the clock. */
+		TEST_ASSERT(vm_clock_ns(x) >= deadline - NSEC_PER_SEC / 40,
+			    "%d-bit poll ended before its timeout", compat ? 32 : 64);
+	}
+	xen_vm_free(x);
+}
+
 #define TIMER_PORT		8
 
 static void set_timer(struct xen_vm *x, uint64_t expires_ns)
@@ -1011,7 +1170,7 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 		.timeout = 0x1122334455667788, .flags = ~VCPU_SSHOTTMR_future,
 	}, past = {
 		.timeout = 1, .flags = ~VCPU_SSHOTTMR_future,
-	}, refused = {
+	}, past_future = {
 		.timeout = 1, .flags = VCPU_SSHOTTMR_future,
 	};
 	uint64_t gva;
@@ -1023,10 +1182,12 @@ static void test_timer_arguments_of(struct xen_vm *x, bool compat)
 		ASSERT_EQ(set_singleshot_timer(x, compat, gva), 0);
 		assert_deadline(x, compat, late.timeout);
 
-		/* A deadline that has passed is refused only with the flag. */
-		write_arg(x, gva, &refused, len);
-		ASSERT_EQ(set_singleshot_timer(x, compat, gva), -ETIME);
-		assert_deadline(x, compat, late.timeout);
+		/* A timer whose deadline has passed expires at once, even with the flag. */
+		clear_pages(x);
+		write_arg(x, gva, &past_future, len);
+		ASSERT_EQ(set_singleshot_timer(x, compat, gva), 0);
+		assert_delivered(x, TIMER_PORT, 0, "VCPU_SSHOTTMR_future");
+		assert_deadline(x, compat, 0);
 
 		clear_pages(x);
 		write_arg(x, gva, &past, len);
@@ -1138,6 +1299,47 @@ static void guest_halt_for_upcall(void)
 	while (!READ_ONCE(guest_upcalls))
 		guest_wait();
 	GUEST_SYNC(0);
+}
+
+/*
+ * The vCPU has run since userspace set anything else, so the vector alone has to make it
+ * check for a pending upcall.
+ */
+TEST(vector_after_run)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_nothing);
+	struct kvm_vcpu *vcpu = x->vcpus[0];
+
+	clear_pages(x);
+	vcpu_info(x, 0)->evtchn_upcall_pending = 1;
+	set_lapic(vcpu, true);
+	run_immediate(vcpu);
+	TEST_ASSERT(!vector_requested(vcpu), "injected without vector");
+
+	ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
+	run_immediate(vcpu);
+	TEST_ASSERT(vector_requested(vcpu), "not injected after the vector was set");
+	xen_vm_free(x);
+}
+
+/* Like vector_after_run, but with the vcpu_info alone. */
+TEST(vcpu_info_after_run)
+{
+	struct xen_vm *x = xen_vm_create(guest_nothing, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+							KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	struct kvm_vcpu *vcpu = x->vcpus[0];
+
+	clear_pages(x);
+	vcpu_info(x, 0)->evtchn_upcall_pending = 1;
+	set_lapic(vcpu, true);
+	ASSERT_EQ(set_upcall_vector(vcpu, UPCALL_VECTOR), 0);
+	run_immediate(vcpu);
+	TEST_ASSERT(!vector_requested(vcpu), "injected without vcpu_info");
+
+	set_vcpu_info(x, 0);
+	run_immediate(vcpu);
+	TEST_ASSERT(vector_requested(vcpu), "not injected after the vcpu_info was set");
+	xen_vm_free(x);
 }
 
 /*
@@ -1518,6 +1720,26 @@ TEST(no_vcpu_info)
 	xen_vm_free(x);
 }
 
+/* An event of a word that only long mode has is recorded.  The guest then changes its mode. */
+TEST(halt_after_mode_change)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_halt);
+	struct sigaction sa = { .sa_handler = nothing };
+	pthread_t vcpu;
+
+	make_absent(x, VCPU_INFO_PAGE);
+	ASSERT_EQ(send_by_ioctl(x, 2048, 0), 0);
+	set_long_mode(x, false);
+
+	sigaction(SIGUSR1, &sa, NULL);
+	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
+	vcpu = start_thread(thread_run_until_signal, x->vcpus[0]);
+	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
+	pthread_kill(vcpu, SIGUSR1);
+	ASSERT_EQ(join_thread(vcpu, "KVM_RUN"), EINTR);
+	xen_vm_free(x);
+}
+
 static void assert_raised(struct xen_vm *x, int vcpu, uint64_t sel)
 {
 	TEST_ASSERT(pending_sel(x, vcpu) == sel,
@@ -1744,6 +1966,49 @@ TEST(timer_delivery)
 	assert_delivered(x, TIMER_PORT, 0, "timer");
 
 	xen_vm_free(x);
+}
+
+static void test_send_memslot(bool timer)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
+	uint8_t *shinfo = shared_page(x, SHINFO_PAGE);
+	pthread_t vcpu;
+	int uffd;
+
+	vcpu_run_to_sync(x->vcpus[0]);
+	ASSERT_EQ(set_send_port(x, 7, 0, TIMER_PORT, 0), 0);
+	guest_send_port = 7;
+	sync_global_to_guest(x->vm, guest_send_port);
+	if (timer) {
+		set_timer(x, 1);
+		set_guest_hypercall(x, false, __HYPERVISOR_sched_op, SCHEDOP_yield, 0, 0);
+	} else {
+		set_guest_hypercall(x, false, __HYPERVISOR_event_channel_op, EVTCHNOP_send,
+				    (uint64_t)&guest_send_port, 0);
+	}
+
+	make_absent(x, SHINFO_PAGE);
+	uffd = uffd_register(shinfo, PAGE_SIZE, 0);
+	vcpu = start_thread(thread_run_to_sync, x->vcpus[0]);
+	uffd_wait_for_fault(uffd);
+	join_thread(start_thread(thread_add_memslot, x->vm),
+		    "KVM_SET_USER_MEMORY_REGION");
+
+	uffd_provide(uffd, shinfo, NULL, PAGE_SIZE);
+	close(uffd);
+	ASSERT_EQ(join_thread(vcpu, "KVM_RUN"), 0);
+	assert_delivered(x, TIMER_PORT, 0, timer ? "timer" : "hypercall");
+	xen_vm_free(x);
+}
+
+/*
+ * Memslots can be changed while a vCPU that sends an event, by hypercall or because its
+ * timer has expired, waits for the shared_info page.
+ */
+TEST(send_memslot)
+{
+	test_send_memslot(false);
+	test_send_memslot(true);
 }
 
 struct pvclock {
@@ -2128,6 +2393,8 @@ TEST(runstate_clock_back)
 	set_clock(x->vm, second);
 	set_runstate_running(x->vcpus[0]);
 	assert_runstate_since(&data, x->vcpus[0], "clock set back");
+	ASSERT_EQ(set_vcpu_attr(x->vcpus[0], data), 0);
+	assert_runstate_since(&data, x->vcpus[0], "saved and restored");
 
 	/* The time goes on where it has stopped. */
 	set_clock(x->vm, 2000 * second);
@@ -2529,6 +2796,113 @@ TEST(stuck_worker)
 			    "ioctl %d: expected a process killed by %d, got status %#x", i,
 			    SIGKILL, status);
 	}
+}
+
+/* Starts a vCPU that halts with interrupts disabled until a signal arrives. */
+static pthread_t start_halted(struct kvm_vcpu *vcpu)
+{
+	pthread_t thread;
+
+	/* Open the statistics, which is not possible during KVM_RUN. */
+	ASSERT_EQ(vcpu_get_stat(vcpu, "blocking"), 0);
+	thread = start_thread(thread_run_until_signal, vcpu);
+	vcpu_wait_stat(vcpu, "blocking", 1);
+	return thread;
+}
+
+static void stop_halted(pthread_t thread)
+{
+	pthread_kill(thread, SIGUSR1);
+	ASSERT_EQ(join_thread(thread, "KVM_RUN"), EINTR);
+}
+
+/*
+ * Without shared_info, a vCPU has no events to look for, and sleeps.  It looks for them
+ * when shared_info is set.
+ */
+TEST(no_shared_info)
+{
+	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+						     KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	struct sigaction sa = { .sa_handler = nothing };
+	uint64_t wakeups, retries;
+	pthread_t vcpu, retrier;
+	int i;
+
+	sigaction(SIGUSR1, &sa, NULL);
+	ASSERT_EQ(remove_shared_info(x), 0);
+	clear_pages(x);
+
+	/* The other vCPU wakes up at intervals, to try again to read its vcpu_info. */
+	ASSERT_EQ(set_upcall_vector(x->vcpus[1], UPCALL_VECTOR), 0);
+	set_vcpu_info(x, 1);
+	protect_page(x, VCPU_INFO_PAGE + 1, PROT_NONE);
+	retrier = start_halted(x->vcpus[1]);
+
+	for (i = 0; i < 3; i++) {
+		set_vcpu_info(x, 0);
+		if (i < 2)
+			unset_vcpu_info(x, 0);
+		if (i == 1)
+			ASSERT_EQ(reset_ports(x), 0);
+
+		vcpu = start_halted(x->vcpus[0]);
+		wakeups = vcpu_get_stat(x->vcpus[0], "halt_wakeup");
+		retries = vcpu_get_stat(x->vcpus[1], "halt_wakeup");
+		vcpu_wait_stat(x->vcpus[1], "halt_wakeup", retries + 8);
+		wakeups = vcpu_get_stat(x->vcpus[0], "halt_wakeup") - wakeups;
+		/* It may wake up once or twice for another reason. */
+		TEST_ASSERT(wakeups < 4, "%lu wake-ups during 8 of the other vCPU, expected < 4",
+			    wakeups);
+		if (i < 2)
+			stop_halted(vcpu);
+	}
+
+	stop_halted(retrier);
+	protect_page(x, VCPU_INFO_PAGE + 1, PROT_READ | PROT_WRITE);
+	set_pending(x, 100);
+	set_shared_info(x);
+	wait_for(vcpu_info(x, 0)->evtchn_upcall_pending);
+	assert_delivered(x, 100, 0, "shared_info");
+	stop_halted(vcpu);
+	xen_vm_free(x);
+}
+
+static void guest_exit_often(uint64_t nr)
+{
+	uint32_t eax, ebx, ecx, edx;
+
+	while (nr--)
+		cpuid(0, &eax, &ebx, &ecx, &edx);
+	GUEST_SYNC(0);
+}
+
+/* A vCPU that cannot map shared_info does not retry after every exit. */
+TEST(unmappable_shared_info)
+{
+	const uint64_t nr_exits = 20000, max_refreshes = nr_exits / 10;
+	struct xen_vm *x = xen_vm_create(guest_exit_often, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
+							   KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
+	uint64_t refreshes;
+
+	clear_pages(x);
+	set_pending(x, 100);
+	protect_page(x, SHINFO_PAGE, PROT_READ);
+	set_vcpu_info(x, 0);
+	refreshes = vm_get_stat(x->vm, "pfncache_refresh");
+	vcpu_args_set(x->vcpus[0], 1, nr_exits);
+	ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
+	refreshes = vm_get_stat(x->vm, "pfncache_refresh") - refreshes;
+	TEST_ASSERT(refreshes && refreshes < max_refreshes,
+		    "%lu refreshes during %lu exits, expected 1 to %lu", refreshes, nr_exits,
+		    max_refreshes - 1);
+	ASSERT_EQ(pending_sel(x, 0), 0);
+
+	/* The next KVM_RUN tries again. */
+	protect_page(x, SHINFO_PAGE, PROT_READ | PROT_WRITE);
+	run_immediate(x->vcpus[0]);
+	assert_delivered(x, 100, 0, "page accessible again");
+	xen_vm_free(x);
 }
 
 static void *thread_set_vcpu_info(void *x)
@@ -3518,5 +3892,6 @@ int main(int argc, char *argv[])
 		return 0;
 	}
 
+	atexit(trace_end);
 	return run_cases(argv + optind);
 }
