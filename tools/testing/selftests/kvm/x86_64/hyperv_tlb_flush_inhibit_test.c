@@ -986,7 +986,7 @@ static void check_sleeps_on(struct test_vm *t, bool (*sleeps_on)(struct test_vm 
 		if (sleeps_on(t))
 			return;
 	}
-	TEST_FAIL("%s woke a flusher that still has to wait in all of %d attempts, expected at least one without",
+	TEST_FAIL("%s woke a flusher that has to wait in all of %d attempts, expected one without",
 		  what, i);
 }
 

@@ -810,7 +810,9 @@ static void run_hypercall_at(struct kvm_vcpu *vcpu, int cpl, uint64_t rip)
 	data.selector += 0x8;
 	data.type = 0x3;
 	sregs.cs = code;
-	sregs.ds = sregs.es = sregs.ss = data;
+	sregs.ds = data;
+	sregs.es = data;
+	sregs.ss = data;
 	sregs.cr0 = X86_CR0_PE;
 	sregs.cr4 = 0;
 	sregs.efer = 0;
