@@ -378,21 +378,28 @@ static void runner_join_sync(struct runner *r, uint64_t sync)
 		    r->vcpu->id, r->ret, r->err, r->sync, sync);
 }
 
-static char runner_state(struct runner *r)
+/* Reads a file of /proc that describes the vCPU's thread. */
+static void runner_read_proc(struct runner *r, const char *name, char *buf, size_t size)
 {
-	char path[64], buf[256], *p;
+	char path[64];
 	ssize_t len;
 	int fd;
 
-	snprintf(path, sizeof(path), "/proc/self/task/%d/stat", r->tid);
+	snprintf(path, sizeof(path), "/proc/self/task/%d/%s", r->tid, name);
 	fd = open_path_or_exit(path, O_RDONLY);
-	len = read(fd, buf, sizeof(buf) - 1);
+	len = read(fd, buf, size - 1);
 	TEST_ASSERT(len > 0, "Reading %s failed, errno %d", path, errno);
 	buf[len] = 0;
 	close(fd);
+}
 
+static char runner_state(struct runner *r)
+{
+	char buf[256], *p;
+
+	runner_read_proc(r, "stat", buf, sizeof(buf));
 	p = strrchr(buf, ')');
-	TEST_ASSERT(p, "%s is malformed: %s", path, buf);
+	TEST_ASSERT(p, "stat is malformed: %s", buf);
 	return p[2];
 }
 
@@ -409,19 +416,11 @@ static void runner_wait_asleep(struct runner *r)
 static uint64_t runner_sleeps(struct runner *r)
 {
 	static const char key[] = "\nvoluntary_ctxt_switches:";
-	char path[64], buf[4096], *p;
-	ssize_t len;
-	int fd;
+	char buf[4096], *p;
 
-	snprintf(path, sizeof(path), "/proc/self/task/%d/status", r->tid);
-	fd = open_path_or_exit(path, O_RDONLY);
-	len = read(fd, buf, sizeof(buf) - 1);
-	TEST_ASSERT(len > 0, "Reading %s failed, errno %d", path, errno);
-	buf[len] = 0;
-	close(fd);
-
+	runner_read_proc(r, "status", buf, sizeof(buf));
 	p = strstr(buf, key);
-	TEST_ASSERT(p, "%s has no voluntary_ctxt_switches", path);
+	TEST_ASSERT(p, "status has no voluntary_ctxt_switches: %s", buf);
 	return strtoull(p + strlen(key), NULL, 10);
 }
 
@@ -1584,11 +1583,16 @@ static void vcpu_start_message_timers(struct kvm_vcpu *vcpu, uint64_t simp_gpa)
 	}
 }
 
-/* Consume the message of one of these timers as the guest would, but without an EOM. */
+/* The type of the message of one of these timers: the first word of its 256 bytes */
+static uint32_t *message_type(uint8_t *simp, int timer)
+{
+	return (uint32_t *)(simp + 256 * (1 + timer));
+}
+
+/* Consume a message as the guest would, but without an EOM. */
 static void take_message(uint8_t *simp, int timer)
 {
-	/* The type of the message is the first word of its 256 bytes. */
-	uint32_t *type = (uint32_t *)(simp + 256 * (1 + timer));
+	uint32_t *type = message_type(simp, timer);
 
 	__wait_for(READ_ONCE(*type), "No message of timer %d in %d s", timer,
 		   WAIT_LIMIT_SECS);
@@ -1600,7 +1604,7 @@ static bool take_messages_until_done(struct runner *r, uint8_t *simp)
 	int i;
 
 	for (i = 0; i < 4; i++)
-		WRITE_ONCE(*(uint32_t *)(simp + 256 * (1 + i)), 0);
+		WRITE_ONCE(*message_type(simp, i), 0);
 	return __atomic_load_n(&r->done, __ATOMIC_ACQUIRE);
 }
 

@@ -845,11 +845,13 @@ TEST(hypercall_trace)
 	xen_vm_free(x);
 }
 
-static struct {
+struct sched_poll {
 	uint64_t ports;
-	uint32_t nr_ports;
+	uint32_t nr_ports, pad;
 	uint64_t timeout;
-} guest_poll;
+};
+
+static struct sched_poll guest_poll;
 
 static uint32_t guest_poll_port;
 
@@ -994,19 +996,17 @@ static void write_arg(struct xen_vm *x, vm_vaddr_t gva, const void *data, int le
 		*(uint8_t *)addr_gva2hva(x->vm, gva + i) = ((const uint8_t *)data)[i];
 }
 
+struct compat_sched_poll {
+	uint32_t ports;
+	uint32_t nr_ports;
+	uint64_t timeout;
+};
+
 static void test_arguments_of(struct xen_vm *x, bool compat)
 {
 	const uint64_t end = ARGS_GVA + PAGE_SIZE;
-	struct {
-		uint64_t ports;
-		uint32_t nr_ports, pad;
-		uint64_t timeout;
-	} poll = { .nr_ports = 3 };
-	struct {
-		uint32_t ports;
-		uint32_t nr_ports;
-		uint64_t timeout;
-	} compat_poll = { .nr_ports = 3 };
+	struct sched_poll poll = { .nr_ports = 3 };
+	struct compat_sched_poll compat_poll = { .nr_ports = 3 };
 	uint32_t ports[] = { 9, 8, 10 };
 	uint32_t bad_port = COMPAT_PORTS * 4;
 	void *arg = compat ? (void *)&compat_poll : &poll;
@@ -1063,6 +1063,13 @@ static void test_arguments_of(struct xen_vm *x, bool compat)
 				 ARGS_GVA, 0), -EFAULT);
 }
 
+static void set_clock(struct kvm_vm *vm, uint64_t ns)
+{
+	struct kvm_clock_data clock = { .clock = ns };
+
+	vm_ioctl(vm, KVM_SET_CLOCK, &clock);
+}
+
 static uint64_t vm_clock_ns(struct xen_vm *x)
 {
 	struct kvm_clock_data clock;
@@ -1071,31 +1078,20 @@ static uint64_t vm_clock_ns(struct xen_vm *x)
 	return clock.clock;
 }
 
-static void *thread_make_hypercall(void *vcpu)
-{
-	return (void *)vcpu_run_to_sync(vcpu);
-}
-
 /* Poll port 9, which stays clear, until the guest's clock shows @deadline. */
 static void poll_until(struct xen_vm *x, bool compat, uint64_t deadline)
 {
-	struct {
-		uint64_t ports;
-		uint32_t nr_ports, pad;
-		uint64_t timeout;
-	} poll = { .ports = ARGS_GVA + 64, .nr_ports = 1, .timeout = deadline };
-	struct {
-		uint32_t ports;
-		uint32_t nr_ports;
-		uint64_t timeout;
-	} compat_poll = { .ports = ARGS_GVA + 64, .nr_ports = 1, .timeout = deadline };
+	struct sched_poll poll = { .ports = ARGS_GVA + 64, .nr_ports = 1, .timeout = deadline };
+	struct compat_sched_poll compat_poll = {
+		.ports = ARGS_GVA + 64, .nr_ports = 1, .timeout = deadline,
+	};
 	uint32_t port = 9;
 
 	write_arg(x, ARGS_GVA, compat ? (void *)&compat_poll : &poll,
 		  compat ? sizeof(compat_poll) : sizeof(poll));
 	write_arg(x, ARGS_GVA + 64, &port, sizeof(port));
 	set_guest_hypercall(x, compat, __HYPERVISOR_sched_op, SCHEDOP_poll, ARGS_GVA, 0);
-	ASSERT_EQ(join_thread(start_thread(thread_make_hypercall, x->vcpus[0]),
+	ASSERT_EQ(join_thread(start_thread(thread_run_to_sync, x->vcpus[0]),
 			      "SCHEDOP_poll with a timeout"), 0);
 }
 
@@ -1103,14 +1099,13 @@ static void poll_until(struct xen_vm *x, bool compat, uint64_t deadline)
 TEST(poll_timeout)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_make_hypercalls);
-	struct kvm_clock_data clock = { .clock = 1000 * NSEC_PER_SEC };
 	uint64_t deadline, wakeups;
 	int compat;
 
 	virt_map(x->vm, ARGS_GVA, PAGE_GPA(ARGS_PAGES), 1);
 	vcpu_run_to_sync(x->vcpus[0]);
 	xen_add_code32_segment(x->vm, x->vcpus[0]);
-	vm_ioctl(x->vm, KVM_SET_CLOCK, &clock);
+	set_clock(x->vm, 1000 * NSEC_PER_SEC);
 
 	for (compat = 0; compat < 2; compat++) {
 		wakeups = vcpu_get_stat(x->vcpus[0], "halt_wakeup");
@@ -1621,6 +1616,26 @@ static void *thread_run_until_signal(void *vcpu)
 	return (void *)(long)(__vcpu_run(vcpu) ? errno : 0);
 }
 
+/* Starts a vCPU that halts until a signal arrives. */
+static pthread_t start_halted(struct kvm_vcpu *vcpu)
+{
+	struct sigaction sa = { .sa_handler = nothing };
+	pthread_t thread;
+
+	sigaction(SIGUSR1, &sa, NULL);
+	/* Open the statistics, which is not possible during KVM_RUN. */
+	ASSERT_EQ(vcpu_get_stat(vcpu, "blocking"), 0);
+	thread = start_thread(thread_run_until_signal, vcpu);
+	vcpu_wait_stat(vcpu, "blocking", 1);
+	return thread;
+}
+
+static void stop_halted(pthread_t thread)
+{
+	pthread_kill(thread, SIGUSR1);
+	ASSERT_EQ(join_thread(thread, "KVM_RUN"), EINTR);
+}
+
 static void unset_vcpu_info(struct xen_vm *x, int i)
 {
 	ASSERT_EQ(set_vcpu_attr(x->vcpus[i], (struct kvm_xen_vcpu_attr) {
@@ -1682,8 +1697,6 @@ TEST(no_vcpu_info)
 {
 	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 						     KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
-	struct sigaction sa = { .sa_handler = nothing };
-	pthread_t vcpu;
 	int mode;
 
 	for (mode = 0; mode < 2; mode++) {
@@ -1712,12 +1725,7 @@ TEST(no_vcpu_info)
 	/* An event that cannot be raised does not keep the vCPU awake. */
 	clear_pages(x);
 	ASSERT_EQ(send_by_ioctl(x, 100, 0), 0);
-	sigaction(SIGUSR1, &sa, NULL);
-	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
-	vcpu = start_thread(thread_run_until_signal, x->vcpus[0]);
-	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
-	pthread_kill(vcpu, SIGUSR1);
-	ASSERT_EQ(join_thread(vcpu, "KVM_RUN"), EINTR);
+	stop_halted(start_halted(x->vcpus[0]));
 
 	xen_vm_free(x);
 }
@@ -1726,19 +1734,12 @@ TEST(no_vcpu_info)
 TEST(halt_after_mode_change)
 {
 	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_halt);
-	struct sigaction sa = { .sa_handler = nothing };
-	pthread_t vcpu;
 
 	make_absent(x, VCPU_INFO_PAGE);
 	ASSERT_EQ(send_by_ioctl(x, 2048, 0), 0);
 	set_long_mode(x, false);
 
-	sigaction(SIGUSR1, &sa, NULL);
-	ASSERT_EQ(vcpu_get_stat(x->vcpus[0], "blocking"), 0);
-	vcpu = start_thread(thread_run_until_signal, x->vcpus[0]);
-	vcpu_wait_stat(x->vcpus[0], "blocking", 1);
-	pthread_kill(vcpu, SIGUSR1);
-	ASSERT_EQ(join_thread(vcpu, "KVM_RUN"), EINTR);
+	stop_halted(start_halted(x->vcpus[0]));
 	xen_vm_free(x);
 }
 
@@ -2371,13 +2372,6 @@ static void assert_runstate_since(struct kvm_xen_vcpu_attr *old, struct kvm_vcpu
 	*old = new;
 }
 
-static void set_clock(struct kvm_vm *vm, uint64_t ns)
-{
-	struct kvm_clock_data clock = { .clock = ns };
-
-	vm_ioctl(vm, KVM_SET_CLOCK, &clock);
-}
-
 /* Userspace sets the clock back. */
 TEST(runstate_clock_back)
 {
@@ -2800,24 +2794,6 @@ TEST(stuck_worker)
 	}
 }
 
-/* Starts a vCPU that halts with interrupts disabled until a signal arrives. */
-static pthread_t start_halted(struct kvm_vcpu *vcpu)
-{
-	pthread_t thread;
-
-	/* Open the statistics, which is not possible during KVM_RUN. */
-	ASSERT_EQ(vcpu_get_stat(vcpu, "blocking"), 0);
-	thread = start_thread(thread_run_until_signal, vcpu);
-	vcpu_wait_stat(vcpu, "blocking", 1);
-	return thread;
-}
-
-static void stop_halted(pthread_t thread)
-{
-	pthread_kill(thread, SIGUSR1);
-	ASSERT_EQ(join_thread(thread, "KVM_RUN"), EINTR);
-}
-
 /*
  * Without shared_info, a vCPU has no events to look for, and sleeps.  It looks for them
  * when shared_info is set.
@@ -2826,12 +2802,10 @@ TEST(no_shared_info)
 {
 	struct xen_vm *x = xen_vm_create(guest_halt, KVM_XEN_HVM_CONFIG_INTERCEPT_HCALL |
 						     KVM_XEN_HVM_CONFIG_EVTCHN_SEND);
-	struct sigaction sa = { .sa_handler = nothing };
 	uint64_t wakeups, retries;
 	pthread_t vcpu, retrier;
 	int i;
 
-	sigaction(SIGUSR1, &sa, NULL);
 	ASSERT_EQ(remove_shared_info(x), 0);
 	clear_pages(x);
 
