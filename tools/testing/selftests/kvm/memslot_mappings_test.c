@@ -7,6 +7,8 @@
  *
  *  - kept: the slot is split, merged and given other ids.  Each gfn keeps its hva and
  *    flags, therefore the vCPU must not fault.
+ *  - kept_beside: only pages that the vCPU does not use are removed and added again, and
+ *    get other memory.  The vCPU must not fault, either.
  *  - changed: the upper half of the slot gets other memory, then none, then its original
  *    memory again.  The vCPU must not use memory that the slots do not have any more.
  *  - huge: a slot that KVM maps with huge pages is split, and its lower part logs dirty
@@ -38,6 +40,7 @@
 
 #define GUEST_PAGE_SIZE		4096
 #define NR_PAGES		64
+#define NR_UNUSED_PAGES		8
 #define NR_CYCLES		50
 
 /* The half of them that is changed fills page tables, which KVM removes. */
@@ -216,6 +219,16 @@ static bool is_shadow_paging(void)
 #endif
 }
 
+static void check_faults(uint64_t before)
+{
+	uint64_t nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - before;
+
+	TEST_ASSERT(nr_faults <= MAX_KEPT_FAULTS,
+		    "%d cycles: expected " FAULT_STAT " to increase by at most %d, got %lu",
+		    NR_CYCLES, MAX_KEPT_FAULTS, nr_faults);
+	TEST_ASSERT(!nr_mmio_exits, "expected no MMIO exit, got %lu", nr_mmio_exits);
+}
+
 TEST(kept)
 {
 	uint64_t nr_faults;
@@ -246,11 +259,37 @@ TEST(kept)
 			    no_region(UPPER_SLOT));
 		wait_for_vcpu();
 	}
-	nr_faults = vcpu_get_stat(vcpu, FAULT_STAT) - nr_faults;
-	TEST_ASSERT(nr_faults <= MAX_KEPT_FAULTS,
-		    "%d cycles: expected " FAULT_STAT " to increase by at most %d, got %lu",
-		    NR_CYCLES, MAX_KEPT_FAULTS, nr_faults);
-	TEST_ASSERT(!nr_mmio_exits, "expected no MMIO exit, got %lu", nr_mmio_exits);
+	check_faults(nr_faults);
+	stop_vcpu();
+}
+
+/* The page tables of the unused pages are those of the used ones, too. */
+TEST(kept_beside)
+{
+	uint64_t nr_faults;
+	void *other;
+	int i;
+
+	TEST_REQUIRE(!is_shadow_paging());
+
+	start_vcpu(NR_PAGES);
+	data = map_memory((NR_PAGES + NR_UNUSED_PAGES) * GUEST_PAGE_SIZE, 0);
+	other = map_memory((NR_PAGES + NR_UNUSED_PAGES) * GUEST_PAGE_SIZE, 0);
+	set_regions(region(DATA_SLOT, 0, NR_PAGES + NR_UNUSED_PAGES, data));
+	run_vcpu();
+
+	nr_faults = vcpu_get_stat(vcpu, FAULT_STAT);
+	for (i = 0; i < NR_CYCLES; i++) {
+		set_regions(region(DATA_SLOT, 0, NR_PAGES, data));
+		wait_for_vcpu();
+		set_regions(region(DATA_SLOT, 0, NR_PAGES, data),
+			    region(UPPER_SLOT, NR_PAGES, NR_UNUSED_PAGES, other));
+		wait_for_vcpu();
+		set_regions(region(DATA_SLOT, 0, NR_PAGES + NR_UNUSED_PAGES, data),
+			    no_region(UPPER_SLOT));
+		wait_for_vcpu();
+	}
+	check_faults(nr_faults);
 	stop_vcpu();
 }
 

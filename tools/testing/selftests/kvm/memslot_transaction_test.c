@@ -750,7 +750,7 @@ TEST_F(transaction, dirty)
 TEST_F(transaction, dirty_initially_set)
 {
 	const uint32_t log = KVM_MEM_LOG_DIRTY_PAGES;
-	unsigned long all = 0xff;
+	unsigned long all = 0xff, low = 0x3;
 
 	TEST_REQUIRE(kvm_has_cap(KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2));
 
@@ -767,6 +767,17 @@ TEST_F(transaction, dirty_initially_set)
 	assert_dirty("split", 0, 0x1);
 	/* The last two pages are new. */
 	assert_dirty("split", 1, 0x38);
+
+	/*
+	 * A slot moves to the gfns of a deleted slot that had the same backing.  Its pages
+	 * stay dirty, although those of the deleted slot were clean.
+	 */
+	clean(0, 2);
+	set_regions("aliases", regions(region(0, 4, 4, 4, log), region(1, 12, 4, 4, log)), 1);
+	kvm_vm_clear_dirty_log(vm, TEST_SLOT, &all, 0, 4);
+	kvm_vm_clear_dirty_log(vm, TEST_SLOT + 1, &low, 0, 4);
+	set_regions("move to an alias", regions(no_region(0), region(1, 4, 4, 4, log)), 2);
+	assert_dirty("move to an alias", 1, 0xc);
 
 	clean(0, 2);
 	vm_enable_cap(vm, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, 0);

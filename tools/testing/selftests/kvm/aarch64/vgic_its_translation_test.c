@@ -2141,6 +2141,75 @@ TEST(in_list_register_lpis_disable)
 			      guest_lpis_enable, false);
 }
 
+/* More LPIs than there are list registers, with EventIDs of their own */
+#define FIRST_RUNNING		16
+#define NR_RUNNING		64
+#define RUNNING_EVENT_BITS	7
+#define NR_RUNNING_ROUNDS	20
+/* Far less than NR_RUNNING, and more than the kick and a tick cause */
+#define MAX_EXITS		6
+
+static void guest_map_running(void)
+{
+	uint32_t i;
+
+	its_send_mapd(&its[0], DEV_A, itt(3), RUNNING_EVENT_BITS, true);
+	its_send_mapti(&its[0], DEV_A, 0, 0, LPI_A0);
+	for (i = FIRST_RUNNING; i < FIRST_RUNNING + NR_RUNNING; i++)
+		its_send_mapti(&its[0], DEV_A, i, 0, LPI_BASE + i);
+}
+
+static void guest_int_running(void)
+{
+	uint32_t i;
+
+	for (i = FIRST_RUNNING; i < FIRST_RUNNING + NR_RUNNING; i++)
+		its_send_int(&its[0], DEV_A, i);
+}
+
+/*
+ * The vCPU on which the LPIs of a device are pending is not interrupted for each of them
+ * when the device is unmapped.  This shows only while both vCPUs run, and ticks and the load
+ * of the host add exits, so try it several times: most of the results must be small.
+ */
+TEST(unmap_running)
+{
+	enum hold_stage *stage;
+	int i, nr_large = 0;
+	pthread_t thread;
+	uint64_t exits;
+
+	create_vm();
+	held_command = guest_mapd_unmap;
+	sync_global_to_guest(vm, held_command);
+	stage = addr_gva2hva(vm, (vm_vaddr_t)&hold_stage);
+	/* Open the statistics, which is not possible during KVM_RUN. */
+	vcpu_get_stat(vcpus[0], "exits");
+
+	for (i = 0; i < NR_RUNNING_ROUNDS; i++) {
+		run_vcpu(vcpus[1], guest_map_running);
+		WRITE_ONCE(*stage, HOLD_NONE);
+		set_command(guest_hold_lpi);
+		thread = start_thread(hold_thread, NULL);
+		wait_for(READ_ONCE(*stage) == HOLD_READY);
+		make_pending(doorbell(&its[0]), DEV_A);
+		wait_for(READ_ONCE(*stage) == HOLD_HELD);
+		run_vcpu(vcpus[1], guest_int_running);
+
+		exits = vcpu_get_stat(vcpus[0], "exits");
+		run_vcpu(vcpus[1], guest_held_command);
+		exits = vcpu_get_stat(vcpus[0], "exits") - exits;
+		join_thread(thread, "vCPU 0");
+		check_delivered("MAPD, many LPIs pending", 0, 0);
+		nr_large += exits >= MAX_EXITS;
+	}
+	TEST_ASSERT(nr_large < NR_RUNNING_ROUNDS / 2,
+		    "MAPD, %u LPIs pending: expected %u exits of vCPU 0 or more in less than half of %u rounds, got %d",
+		    NR_RUNNING, MAX_EXITS, NR_RUNNING_ROUNDS, nr_large);
+
+	destroy_vm();
+}
+
 static void guest_movi_back(void)
 {
 	its_send_movi(&its[0], DEV_A, 0, 0);
@@ -2809,6 +2878,38 @@ TEST(restore_intid)
 		check_msi("restore of an INTID", doorbell(&its[0]), 0, 1,
 			  ret ? &unmapped : &last);
 	}
+
+	destroy_vm();
+}
+
+/* An LPI is pending in the pending table.  A restore that fails leaves it pending. */
+TEST(restore_retry)
+{
+	uint64_t *dte, *ite, *cte;
+	int ret;
+
+	create_vm();
+	dte = addr_gpa2hva(vm, its[0].device_table);
+	ite = addr_gpa2hva(vm, itt(0));
+	cte = addr_gpa2hva(vm, its[0].collection_table);
+	run_vcpu(vcpus[1], guest_discard);
+	*pending_byte(0) = PENDING_A0;
+
+	/* The second event is invalid. */
+	dte[0] = DTE(0, itt(0), EVENT_BITS);
+	ite[0] = ITE(1, LPI_A0, 0);
+	ite[1] = ITE(0, LPI_BASE - 1, 0);
+	cte[0] = CTE(0, 0);
+	cte[1] = 0;
+	ret = host_restore();
+	TEST_ASSERT(ret == -EINVAL, "Restore of an invalid event: expected %d, got %d",
+		    -EINVAL, ret);
+	check_pending_byte("restore of an invalid event", 0);
+
+	ite[1] = ITE(0, LPI_A1, 0);
+	ret = host_restore();
+	TEST_ASSERT(!ret, "Restore after the error: expected 0, got %d", ret);
+	check_delivered("restore after an error", LPI_A0, 0);
 
 	destroy_vm();
 }
