@@ -16,5 +16,5 @@ machines_of() {
 	[[ ${MODES:-} = all ]] || machines=("${machines[16#${tip::7} % ${#machines[@]}]}")
 	printf '%s\n' "${machines[@]}"
 }
-! in_time 10 "tests on the machines of modes" || run_machines plain modes
+! in_time 15 "tests on the machines of modes" || run_machines plain modes
 done_testing

@@ -468,6 +468,20 @@ static void create_vm(void)
 	run_vcpu(vcpus[0], guest_map);
 }
 
+/* Each vCPU ID is the index of the other vCPU.  vcpus[i] has ID i, as in other VMs. */
+static void create_vm_swapped_ids(void)
+{
+	static const uint32_t vcpu_ids[NR_VCPUS] = { 1, 0 };
+	struct kvm_vcpu *first;
+
+	create_vm_with_ids(vcpu_ids, NR_VCPUS);
+	first = vcpus[0];
+	vcpus[0] = vcpus[1];
+	vcpus[1] = first;
+	run_vcpus();
+	run_vcpu(vcpus[0], guest_map);
+}
+
 static void destroy_vm(void)
 {
 	int i;
@@ -1412,14 +1426,15 @@ static void *hold_thread(void *arg)
  * after which vCPU 0 must not take the LPI any more.  vCPU 1 takes it if @moved.  A tick
  * can make vCPU 0 leave the guest at the right time by chance, so try it several times.
  */
-static void test_in_list_register(const char *what, void (*command)(void),
-				  void (*undo)(void), bool moved)
+static void test_in_list_register_of(void (*create)(void), const char *what,
+				     void (*command)(void), void (*undo)(void),
+				     bool moved)
 {
 	enum hold_stage *stage;
 	pthread_t thread;
 	int i;
 
-	create_vm();
+	create();
 	held_command = command;
 	sync_global_to_guest(vm, held_command);
 	stage = addr_gva2hva(vm, (vm_vaddr_t)&hold_stage);
@@ -1445,6 +1460,13 @@ static void test_in_list_register(const char *what, void (*command)(void),
 	}
 
 	destroy_vm();
+}
+
+static void test_in_list_register(const char *what, void (*command)(void),
+				  void (*undo)(void), bool moved)
+{
+	test_in_list_register_of(create_vm, what, command, undo, moved);
+	test_in_list_register_of(create_vm_swapped_ids, what, command, undo, moved);
 }
 
 static void guest_lpis_enable(void)
