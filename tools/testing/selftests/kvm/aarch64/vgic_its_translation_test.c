@@ -1421,6 +1421,20 @@ static void *hold_thread(void *arg)
 	return NULL;
 }
 
+/* Run guest_hold_lpi() on vCPU 0 until the vCPU has LPI_A0 in a list register. */
+static pthread_t start_holding(enum hold_stage *stage)
+{
+	pthread_t thread;
+
+	WRITE_ONCE(*stage, HOLD_NONE);
+	set_command(guest_hold_lpi);
+	thread = start_thread(hold_thread, NULL);
+	wait_for(READ_ONCE(*stage) == HOLD_READY);
+	make_pending(doorbell(&its[0]), DEV_A);
+	wait_for(READ_ONCE(*stage) == HOLD_HELD);
+	return thread;
+}
+
 /*
  * LPI_A0 is in a list register of vCPU 0, which runs, when vCPU 1 executes a command
  * after which vCPU 0 must not take the LPI any more.  vCPU 1 takes it if @moved.  A tick
@@ -1440,12 +1454,7 @@ static void test_in_list_register_of(void (*create)(void), const char *what,
 	stage = addr_gva2hva(vm, (vm_vaddr_t)&hold_stage);
 
 	for (i = 0; i < 20; i++) {
-		WRITE_ONCE(*stage, HOLD_NONE);
-		set_command(guest_hold_lpi);
-		thread = start_thread(hold_thread, NULL);
-		wait_for(READ_ONCE(*stage) == HOLD_READY);
-		make_pending(doorbell(&its[0]), DEV_A);
-		wait_for(READ_ONCE(*stage) == HOLD_HELD);
+		thread = start_holding(stage);
 		run_vcpu(vcpus[1], guest_held_command);
 		join_thread(thread, "vCPU 0");
 
@@ -2210,12 +2219,7 @@ TEST(unmap_running)
 
 	for (i = 0; i < NR_RUNNING_ROUNDS; i++) {
 		run_vcpu(vcpus[1], guest_map_running);
-		WRITE_ONCE(*stage, HOLD_NONE);
-		set_command(guest_hold_lpi);
-		thread = start_thread(hold_thread, NULL);
-		wait_for(READ_ONCE(*stage) == HOLD_READY);
-		make_pending(doorbell(&its[0]), DEV_A);
-		wait_for(READ_ONCE(*stage) == HOLD_HELD);
+		thread = start_holding(stage);
 		run_vcpu(vcpus[1], guest_int_running);
 
 		exits = vcpu_get_stat(vcpus[0], "exits");
