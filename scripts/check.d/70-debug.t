@@ -1,7 +1,7 @@
 #!/bin/bash
 # SPDX-License-Identifier: GPL-2.0
 # The selftests for debug on the patched kernels with KASAN, lockdep, kmemleak and the
-# rest of debug.config.  On a slow machine, make check does so on one architecture,
+# rest of debug.config.  If time is short, make check runs them on one architecture only,
 # selected by a hash of the series.
 . "$(dirname "$0")/tap.sh"
 

@@ -263,7 +263,7 @@ TEST(kept)
 	stop_vcpu();
 }
 
-/* The page tables of the unused pages are those of the used ones, too. */
+/* The unused pages share page tables with the used ones. */
 TEST(kept_beside)
 {
 	uint64_t nr_faults;
