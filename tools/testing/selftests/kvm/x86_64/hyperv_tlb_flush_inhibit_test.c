@@ -2516,7 +2516,8 @@ TEST(race)
  * The guest changes a page table entry again and again, to point to one page
  * after the other.  It flushes the TLB after each change, with all forms of the
  * hypercall in turn.  When the flush has completed, it poisons the page that the entry
- * pointed to before.  A walk with TlbFlushInhibit must not find a poisoned page.
+ * pointed to before.  A walk with TlbFlushInhibit must not find a poisoned page, nor must
+ * the TLB of the vCPU that flushes or, in walk_reader, of another target that runs meanwhile.
  */
 #define VALID		0x600d
 #define POISON		0xdead
@@ -2526,6 +2527,8 @@ TEST(race)
 struct switcher {
 	struct hyperv_tlb_flush flushes[NR_FORMS];
 	bool other_writer;	/* Another vCPU changes the entry. */
+	bool other_reader;	/* Another vCPU uses the entry. */
+	uint64_t *page;		/* The page that the entry maps */
 	uint64_t *pte;
 	uint64_t ptes[NR_SWITCHED];
 	uint64_t *pages[NR_SWITCHED];
@@ -2560,6 +2563,8 @@ static void guest_switcher(struct guest_ctx *ctx, struct switcher *s)
 		status = hyperv_flush_tlb(ctx->pages, flush);
 		GUEST_ASSERT_1(status == hyperv_flush_success(flush), status);
 		WRITE_ONCE(*s->pages[(i - 1) % NR_SWITCHED], POISON);
+		if (!s->other_reader)
+			GUEST_ASSERT_1(READ_ONCE(*s->page) == VALID, i);
 		WRITE_ONCE(s->switches, i);
 	}
 	GUEST_SYNC(0);
@@ -2579,6 +2584,14 @@ static void guest_writer(struct switcher *s)
 	GUEST_SYNC(0);
 }
 
+static void guest_reader(struct switcher *s)
+{
+	asm volatile("sti");
+	while (!READ_ONCE(s->stop))
+		GUEST_ASSERT_1(READ_ONCE(*s->page) == VALID, READ_ONCE(s->switches));
+	GUEST_SYNC(0);
+}
+
 /*
  * Read the page table entry, and use the translation until @count() reaches
  * @until.  Returns true if the page was poisoned meanwhile.
@@ -2595,6 +2608,8 @@ static bool walk_is_poisoned(struct test_vm *t, uint64_t *pte,
 		TEST_ASSERT((now_ns() - begin) / NSEC_PER_SEC < WAIT_LIMIT_SECS,
 			    "The guest is stuck, at %lu, expected %lu",
 			    count(t), until);
+		/* The flusher may need this CPU. */
+		sched_yield();
 	} while (count(t) < until);
 
 	return poisoned || READ_ONCE(*page) != VALID;
@@ -2612,7 +2627,8 @@ static uint64_t nr_blocks(struct test_vm *t)
 	return vcpu_get_stat(t->vcpus[0], "hv_tlb_flush_blocks");
 }
 
-static void test_walk(bool other_writer)
+/* Run @guest_other on another vCPU at the same time, unless that is NULL. */
+static void test_walk(void (*guest_other)(struct switcher *s))
 {
 	uint64_t i, blocks, poisoned = 0, unprotected = 0;
 	vm_vaddr_t ctx_gva, s_gva, page, other;
@@ -2625,7 +2641,8 @@ static void test_walk(bool other_writer)
 	t.vm = vm_create(3);
 	test_vm_add_vcpu(&t, 0, guest_switcher);
 	test_vm_add_vcpu(&t, 1, guest_target);
-	test_vm_add_vcpu(&t, 2, guest_writer);
+	if (guest_other)
+		test_vm_add_vcpu(&t, 2, guest_other);
 
 	ctx_gva = vm_vaddr_alloc_page(t.vm);
 	t.ctx[0] = addr_gva2hva(t.vm, ctx_gva);
@@ -2636,25 +2653,33 @@ static void test_walk(bool other_writer)
 	s_gva = vm_vaddr_alloc(t.vm, sizeof(*s), KVM_UTIL_MIN_VADDR);
 	s = addr_gva2hva(t.vm, s_gva);
 	switcher = s;
-	s->other_writer = other_writer;
+	s->other_writer = guest_other == guest_writer;
+	s->other_reader = guest_other == guest_reader;
+	s->page = (void *)page;
 	for (i = 0; i < NR_FORMS; i++)
 		hyperv_set_flush(&s->flushes[i], hyperv_flush_codes[i / 2], i % 2, t.vp_index,
-				 BIT(1));
+				 BIT(1) | (s->other_reader ? BIT(2) : BIT(0)));
 	s->pte = (void *)vm_map_page_table_entry(t.vm, t.vcpus[0], page);
 	for (i = 0; i < NR_SWITCHED; i++) {
 		other = vm_vaddr_alloc_page(t.vm);
 		s->pages[i] = (void *)other;
-		s->ptes[i] = vm_get_page_table_entry(t.vm, t.vcpus[0], other);
+		/* The walks of the CPUs should not change the entry. */
+		s->ptes[i] = vm_get_page_table_entry(t.vm, t.vcpus[0], other) |
+			     PTE_ACCESSED_MASK;
 		*(uint64_t *)addr_gva2hva(t.vm, other) = VALID;
 	}
 	vm_set_page_table_entry(t.vm, t.vcpus[0], page, s->ptes[0]);
 	pte = addr_gpa2hva(t.vm, addr_gva2gpa(t.vm, (vm_vaddr_t)s->pte));
 	vcpu_args_set(t.vcpus[0], 2, ctx_gva, s_gva);
-	vcpu_args_set(t.vcpus[2], 1, s_gva);
 
-	start(&t, 0);
-	if (other_writer)
+	if (guest_other) {
+		vcpu_args_set(t.vcpus[2], 1, s_gva);
 		runner_start(&t.runners[1], t.vcpus[2]);
+	}
+	/* Leave another CPU to the reader, which should not exit when the flusher wakes up. */
+	if (s->other_reader)
+		pin_to_cpu();
+	start(&t, 0);
 
 	for (i = 0; i < walks; i++) {
 		/* As a control, without TlbFlushInhibit. */
@@ -2670,7 +2695,7 @@ static void test_walk(bool other_writer)
 
 	WRITE_ONCE(s->stop, true);
 	runner_join_sync(&t.runners[0], 0);
-	if (other_writer)
+	if (guest_other)
 		runner_join_sync(&t.runners[1], 0);
 
 	pr_info("%lu walks, %lu switches, %lu times blocked, %lu walks without TlbFlushInhibit found a poisoned page\n",
@@ -2686,13 +2711,19 @@ static void test_walk(bool other_writer)
 
 TEST(walk)
 {
-	test_walk(false);
+	test_walk(NULL);
+}
+
+/* Another vCPU uses the entry all the time. */
+TEST(walk_reader)
+{
+	test_walk(guest_reader);
 }
 
 /* Another vCPU changes the entry, and the vCPU that flushes only reads it. */
 TEST(walk_other_writer)
 {
-	test_walk(true);
+	test_walk(guest_writer);
 }
 
 static void no_op(int sig)

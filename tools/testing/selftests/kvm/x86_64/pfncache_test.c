@@ -946,6 +946,41 @@ static void expect_own_records(void)
 	join(&threads[n]);
 }
 
+/*
+ * The page is in the first of two ranges that are merged.  A refresh waits until the last one
+ * has ended.
+ */
+static void expect_merged(bool above)
+{
+	int fill = open_attached_gate(), first = open_attached_gate();
+	int last = open_attached_gate();
+	unsigned int i, n = 0;
+
+	close_gate(fill, first_page(false), KVM_MIN_GPC_RECORDS, MMU_GATE_END);
+	for (i = 0; i < KVM_MIN_GPC_RECORDS; i++)
+		start_dropper(&threads[1 + n++], first_page(false) + i, 1);
+	wait_gate(fill, n);
+
+	close_gate(first, SHINFO_PAGE, 1, MMU_GATE_END);
+	start_failing_dropper(&threads[1 + n++], SHINFO_PAGE);
+	wait_gate(first, 1);
+	close_gate(last, first_page(above) + KVM_MIN_GPC_RECORDS, 1, MMU_GATE_END);
+	start_failing_dropper(&threads[1 + n++], first_page(above) + KVM_MIN_GPC_RECORDS);
+	wait_gate(last, 1);
+	start_waiter(&threads[0], sender_fn);
+
+	open_for_all(first);
+	join(&threads[n - 1]);
+	WINDOW_ASSERT(!get(&sh->done), "refresh expected to wait for the end of both ranges");
+	open_for_all(last);
+	join(&threads[n]);
+	join(&threads[0]);
+
+	open_for_all(fill);
+	for (i = 0; i < KVM_MIN_GPC_RECORDS; i++)
+		join(&threads[1 + i]);
+}
+
 /* Ranges for which KVM cannot allocate memory are merged. */
 TEST_F(gate, overflow)
 {
@@ -965,6 +1000,8 @@ TEST_F(gate, overflow)
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
 	expect_own_records();
+	expect_merged(false);
+	expect_merged(true);
 
 	overflows = vm_get_stat(vm, "pfncache_overflow");
 	close_gate(gate, first_page(false), NR_SIDE + 1, MMU_GATE_END);
