@@ -2516,8 +2516,9 @@ TEST(race)
  * The guest changes a page table entry again and again, to point to one page
  * after the other.  It flushes the TLB after each change, with all forms of the
  * hypercall in turn.  When the flush has completed, it poisons the page that the entry
- * pointed to before.  A walk with TlbFlushInhibit must not find a poisoned page, nor must
- * the TLB of the vCPU that flushes or, in walk_reader, of another target that runs meanwhile.
+ * pointed to before.  A walk with TlbFlushInhibit must not find a poisoned page.  After the
+ * flush, the caller or, in walk_reader, another running target must not read the poisoned
+ * page through its TLB.
  */
 #define VALID		0x600d
 #define POISON		0xdead

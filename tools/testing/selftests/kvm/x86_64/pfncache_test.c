@@ -65,6 +65,7 @@
 #define NR_OVERFLOW		4
 #define NR_SENDERS		4
 #define NR_SLEEPERS		8
+#define NR_GATES		16
 
 /* Arbitrarily chosen, in entries. */
 #define DIRTY_RING_SIZE		1024
@@ -88,7 +89,7 @@ static struct kvm_vcpu *vcpu;
 static char *mem;
 static int irqfds[NR_IRQFDS];
 static bool has_gate;
-static int gates[NR_SLEEPERS], nr_gates;
+static int gates[NR_GATES], nr_gates;
 
 static struct thread {
 	sem_t go;
@@ -327,6 +328,7 @@ static int open_gate(void)
 {
 	int fd = open_path_or_exit("/dev/test_mmu_gate", O_RDWR | O_CLOEXEC);
 
+	TEST_ASSERT(nr_gates < NR_GATES, "more than %d gates", NR_GATES);
 	gates[nr_gates++] = fd;
 	return fd;
 }
@@ -954,6 +956,7 @@ static void expect_merged(bool above)
 {
 	int fill = open_attached_gate(), first = open_attached_gate();
 	int last = open_attached_gate();
+	uint64_t overflows, waited_ns;
 	unsigned int i, n = 0;
 
 	close_gate(fill, first_page(false), KVM_MIN_GPC_RECORDS, MMU_GATE_END);
@@ -961,24 +964,29 @@ static void expect_merged(bool above)
 		start_dropper(&threads[1 + n++], first_page(false) + i, 1);
 	wait_gate(fill, n);
 
+	overflows = vm_get_stat(vm, "pfncache_overflow");
 	close_gate(first, SHINFO_PAGE, 1, MMU_GATE_END);
 	start_failing_dropper(&threads[1 + n++], SHINFO_PAGE);
 	wait_gate(first, 1);
 	close_gate(last, first_page(above) + KVM_MIN_GPC_RECORDS, 1, MMU_GATE_END);
 	start_failing_dropper(&threads[1 + n++], first_page(above) + KVM_MIN_GPC_RECORDS);
 	wait_gate(last, 1);
-	start_waiter(&threads[0], sender_fn);
+	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
+	WINDOW_ASSERT(overflows == 2, "expected 2 overflows, got %lu", overflows);
 
-	open_for_all(first);
-	join(&threads[n - 1]);
-	WINDOW_ASSERT(!get(&sh->done), "refresh expected to wait for the end of both ranges");
-	open_for_all(last);
-	join(&threads[n]);
-	join(&threads[0]);
-
+	/* From now on, other invalidations find a record.  They should not need another one. */
 	open_for_all(fill);
 	for (i = 0; i < KVM_MIN_GPC_RECORDS; i++)
 		join(&threads[1 + i]);
+
+	waited_ns = vm_get_stat(vm, "pfncache_wait_ns");
+	start_waiter(&threads[0], sender_fn);
+	open_for_all(first);
+	join(&threads[n - 1]);
+	expect_waits_on(&threads[0], waited_ns);
+	open_for_all(last);
+	join(&threads[n]);
+	join(&threads[0]);
 }
 
 /* Ranges for which KVM cannot allocate memory are merged. */
@@ -999,6 +1007,7 @@ TEST_F(gate, overflow)
 	create_vm(NR_PAGES);
 	attach_gate(gate);
 	set_shinfo(SHINFO_PAGE);
+
 	expect_own_records();
 	expect_merged(false);
 	expect_merged(true);
