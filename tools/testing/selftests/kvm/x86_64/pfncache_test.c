@@ -803,6 +803,8 @@ static void expect_overlap(int gate[2])
 	open_for_all(gate[1]);
 	join(&threads[2]);
 	join(&threads[0]);
+	TEST_ASSERT(vm_get_stat(vm, "pfncache_wait_ns") > waited_ns,
+		    "expected pfncache_wait_ns to grow, still %lu", waited_ns);
 }
 
 TEST_F(gate, overlap)
