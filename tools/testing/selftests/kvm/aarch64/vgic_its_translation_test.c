@@ -2178,9 +2178,9 @@ TEST(in_list_register_lpis_disable)
 #define RUNNING_EVENT_BITS	8
 #define NR_RUNNING_ROUNDS	20
 /*
- * The calls of functions on the CPU of vCPU 0 that are allowed for a command: far less than
- * NR_RUNNING, and more than the kick and other work of the host cause.  A slow host has more
- * of other work.
+ * The function calls on the CPU of vCPU 0 that are allowed for a command: far less than
+ * NR_RUNNING, and more than the kick and other work of the host cause.  The longer the command
+ * takes, the more other calls there are.
  */
 #define MAX_CALLS		4
 #define MS_PER_CALL		20

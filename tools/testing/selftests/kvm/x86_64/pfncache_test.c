@@ -976,7 +976,7 @@ static void expect_merged(bool above)
 	overflows = vm_get_stat(vm, "pfncache_overflow") - overflows;
 	WINDOW_ASSERT(overflows == 2, "expected 2 overflows, got %lu", overflows);
 
-	/* From now on, other invalidations find a record.  They should not need another one. */
+	/* Otherwise, another invalidation of this process would enlarge the array of records. */
 	open_for_all(fill);
 	for (i = 0; i < KVM_MIN_GPC_RECORDS; i++)
 		join(&threads[1 + i]);
