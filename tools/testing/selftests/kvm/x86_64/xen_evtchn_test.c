@@ -1819,6 +1819,46 @@ TEST(migration_no_vcpu_info)
 	test_migration_to_mode(false);
 }
 
+static long remove_shared_info(struct xen_vm *x)
+{
+	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
+		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
+		.u.shared_info.gfn = KVM_XEN_INVALID_GFN,
+	});
+}
+
+/*
+ * A vCPU that has raised the upcall of a pending port does not raise it again when the
+ * shared_info page is set again.  It does when its vcpu_info is.
+ */
+TEST(shared_info_again)
+{
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_halt);
+	int i;
+
+	run_immediate(x->vcpus[0]);
+	ASSERT_EQ(send_by_ioctl(x, 100, 0), 0);
+	assert_delivered(x, 100, 0, "ioctl");
+
+	for (i = 0; i < 2; i++) {
+		/* The guest begins to handle the upcall. */
+		memset(vcpu_info(x, 0), 0, sizeof(struct xen_vcpu_info));
+		if (i) {
+			ASSERT_EQ(remove_shared_info(x), 0);
+			run_immediate(x->vcpus[0]);
+		}
+		set_shared_info(x);
+		run_immediate(x->vcpus[0]);
+		ASSERT_EQ(vcpu_info(x, 0)->evtchn_upcall_pending, 0);
+		ASSERT_EQ(pending_sel(x, 0), 0);
+	}
+
+	set_vcpu_info(x, 0);
+	run_immediate(x->vcpus[0]);
+	assert_delivered(x, 100, 0, "vcpu_info set again");
+	xen_vm_free(x);
+}
+
 /* An event ends the poll even if another port has raised the upcall before. */
 TEST(poll_unmasked)
 {
@@ -2691,14 +2731,6 @@ TEST(mode_refused)
 	ASSERT_EQ(vcpu_run_to_sync(x->vcpus[0]), 0);
 	assert_runstate_at(x, p, "mode refused");
 	xen_vm_free(x);
-}
-
-static long remove_shared_info(struct xen_vm *x)
-{
-	return set_vm_attr(x, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
-		.u.shared_info.gfn = KVM_XEN_INVALID_GFN,
-	});
 }
 
 static long move_shared_info(struct xen_vm *x)
@@ -3645,10 +3677,7 @@ static void undo_restore(struct xen_vm *x)
 	set_lapic(x->vcpus[0], false);
 	stop_timer(x);
 	unset_vcpu_info(x, 0);
-	ASSERT_EQ(set_vm_attr(x, (struct kvm_xen_hvm_attr) {
-		.type = KVM_XEN_ATTR_TYPE_SHARED_INFO,
-		.u.shared_info.gfn = KVM_XEN_INVALID_GFN,
-	}), 0);
+	ASSERT_EQ(remove_shared_info(x), 0);
 	clear_pages(x);
 	memset(addr_gva2hva(x->vm, (vm_vaddr_t)guest_handled), 0, sizeof(guest_handled));
 }
