@@ -2166,10 +2166,74 @@ TEST(in_list_register_discard)
 	test_in_list_register("DISCARD", guest_discard, guest_mapti_a0, false);
 }
 
+TEST(in_list_register_clear)
+{
+	test_in_list_register("CLEAR", guest_clear, NULL, false);
+}
+
+static void guest_config_enable_inv(void)
+{
+	guest_config_lpi(LPI_A0, LPI_PROP_PRIO | LPI_PROP_ENABLED);
+	its_send_inv(&its[0], DEV_A, 0);
+}
+
+/* The LPI stays pending, and is delivered when it is enabled again. */
+TEST(in_list_register_inv)
+{
+	test_in_list_register("INV of a disabled LPI", guest_config_inv,
+			      guest_config_enable_inv, false);
+}
+
+TEST(in_list_register_invall)
+{
+	test_in_list_register("INVALL with a disabled LPI", guest_config_invall,
+			      guest_config_enable_inv, false);
+}
+
 TEST(in_list_register_lpis_disable)
 {
 	test_in_list_register("EnableLPIs cleared", guest_lpis_disable,
 			      guest_lpis_enable, false);
+}
+
+/* gic_v3.h defines these, too, but offsets of a redistributor in another way than here */
+#define GICD_CTLR		0x0000
+#define GICD_CTLR_ARE_NS	BIT(4)
+#define GICD_CTLR_ENABLE_G1A	BIT(1)
+
+static void guest_gicd_disable(void)
+{
+	writel(GICD_CTLR_ARE_NS, (void *)(GICD_BASE_GPA + GICD_CTLR));
+}
+
+static void guest_gicd_enable(void)
+{
+	writel(GICD_CTLR_ARE_NS | GICD_CTLR_ENABLE_G1A, (void *)(GICD_BASE_GPA + GICD_CTLR));
+}
+
+/*
+ * An LPI that becomes pending before the distributor is enabled, by the guest or by
+ * userspace, is delivered then.
+ */
+TEST(distributor_enabled)
+{
+	uint64_t ctlr = GICD_CTLR_ARE_NS | GICD_CTLR_ENABLE_G1A;
+
+	create_vm();
+
+	run_vcpu(vcpus[1], guest_gicd_disable);
+	make_pending(doorbell(&its[0]), DEV_A);
+	check_delivered("distributor disabled", 0, 0);
+	run_vcpu(vcpus[1], guest_gicd_enable);
+	check_delivered("distributor enabled", LPI_A0, 0);
+
+	run_vcpu(vcpus[1], guest_gicd_disable);
+	make_pending(doorbell(&its[0]), DEV_A);
+	check_delivered("distributor disabled again", 0, 0);
+	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_DIST_REGS, GICD_CTLR, &ctlr);
+	check_delivered("distributor enabled by userspace", LPI_A0, 0);
+
+	destroy_vm();
 }
 
 /* More LPIs than there are list registers, with EventIDs of their own */
@@ -3305,14 +3369,18 @@ static void guest_int_unmapped_device(void)
 	its_send_int(&its[0], NEW_DEVICE, 0);
 }
 
+/* The commands that the guest executes when it reruns the queue */
+#define CMDQ_NR_RERUN		(CMDQ_NR_COMMANDS - 1)
+
 /*
- * Let a vCPU execute a full queue of commands, all of which walk all events, except the
- * last one.  Go on when the first one is complete.
+ * Prepare a full queue of commands.  The first ones walk all events, and the others, at
+ * least the last one, are those of guest_int_unmapped_device().
+ * Return the time of one walk.
  */
-static void run_commands(int fd)
+static uint64_t fill_cmdq(int nr_walks)
 {
-	uint64_t *cmd, *last, walk[4], ns;
-	int i;
+	uint64_t *cmd, walk[4], last[4], ns;
+	int i, first;
 
 	create_vm();
 	check_restore_shared(MAX_EVENTS / SHARED_EVENTS, SHARED_BITS, SHARED_EVENTS, 2, 0);
@@ -3328,14 +3396,21 @@ static void run_commands(int fd)
 	sync_global_from_guest(vm, its);
 	first_creadr = its[0].cwriter;
 	sync_global_to_guest(vm, first_creadr);
-	i = (its[0].cwriter / 32 + CMDQ_NR_COMMANDS - 1) % CMDQ_NR_COMMANDS;
-	last = cmd + 4 * ((i + CMDQ_NR_COMMANDS - 1) % CMDQ_NR_COMMANDS);
-	memcpy(last, cmd + 4 * i, sizeof(walk));
-	for (i = 0; i < CMDQ_NR_COMMANDS; i++)
-		if (cmd + 4 * i != last)
-			memcpy(cmd + 4 * i, walk, sizeof(walk));
+	first = first_creadr / 32;
+	memcpy(last, cmd + 4 * ((first + CMDQ_NR_COMMANDS - 1) % CMDQ_NR_COMMANDS), sizeof(last));
+	for (i = 0; i < CMDQ_NR_RERUN; i++)
+		memcpy(cmd + 4 * ((first + i) % CMDQ_NR_COMMANDS), i < nr_walks ? walk : last,
+		       sizeof(last));
 
 	set_command(guest_full_cmdq);
+	return ns;
+}
+
+/* Let a vCPU execute a full queue of commands.  Go on when the first one is complete. */
+static void run_commands(int fd)
+{
+	uint64_t ns = fill_cmdq(CMDQ_NR_RERUN - 1);
+
 	start_thread(run_vcpu_thread, vcpus[1]);
 	vcpu_run_to_sync(vcpus[0]);
 	vmm_ready(fd, ns);
@@ -3442,6 +3517,54 @@ static uint64_t kill_vmm(void (*run)(int fd), struct vmm_state *state)
 	TEST_ASSERT(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL,
 		    "Expected a process killed by %d, got status %#x", SIGKILL, status);
 	return now_ns() - start;
+}
+
+static void nothing(int sig)
+{
+}
+
+static void *run_until_signal(void *vcpu)
+{
+	return (void *)(long)(__vcpu_run(vcpu) ? errno : 0);
+}
+
+static uint64_t get_its_reg(int offset)
+{
+	uint64_t val;
+
+	kvm_device_attr_get(its[0].fd, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, offset, &val);
+	return val;
+}
+
+/* A signal ends KVM_RUN between two commands.  The next KVM_RUN executes the others. */
+TEST(full_queue)
+{
+	const int nr_walks = 100;
+	struct sigaction sa = { .sa_handler = nothing };
+	uint64_t left, done, misses;
+	pthread_t thread;
+	long err;
+
+	fill_cmdq(nr_walks);
+	TEST_ASSERT(!sigaction(SIGUSR1, &sa, NULL), "sigaction() failed, errno: %d", errno);
+	thread = start_thread(run_until_signal, vcpus[1]);
+	vcpu_run_to_sync(vcpus[0]);
+	pthread_kill(thread, SIGUSR1);
+	err = join_thread(thread, "KVM_RUN after a signal");
+	TEST_ASSERT(err == EINTR, "KVM_RUN: expected errno %d, got %ld", EINTR, err);
+
+	left = (get_its_reg(GITS_CWRITER) - get_its_reg(GITS_CREADR)) % ITS_CMDQ_SIZE / 32;
+	done = CMDQ_NR_RERUN - left;
+	TEST_ASSERT(done && done < nr_walks,
+		    "After a signal: expected 1 to %d commands to be complete, got %lu",
+		    nr_walks - 1, done);
+
+	misses = vm_get_stat(vm, "lpi_translation_misses");
+	vcpu_run_to_sync(vcpus[1]);
+	check_vm_stat("the rest of the queue", "lpi_translation_misses",
+		      misses + CMDQ_NR_RERUN - nr_walks);
+
+	destroy_vm();
 }
 
 /* A VMM that is killed does not process the rest of the queue. */

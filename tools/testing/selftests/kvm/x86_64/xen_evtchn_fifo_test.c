@@ -311,6 +311,12 @@ static void guest_nothing(void)
 	GUEST_DONE();
 }
 
+static void guest_sync_forever(void)
+{
+	for (;;)
+		GUEST_SYNC(0);
+}
+
 /* Write values to the shared pages that a well-behaved guest never writes. */
 static void guest_hostile(uint64_t state, uint64_t i)
 {
@@ -1218,12 +1224,43 @@ TEST(moves)
 	fifo_vm_free(f);
 }
 
+static void *thread_run_immediate(void *vcpu)
+{
+	run_immediate(vcpu);
+	return NULL;
+}
+
+/* KVM_RUN with immediate_exit does not wait for the page of a waiting event. */
+TEST(run_absent)
+{
+	static const int pages[] = { ARRAY_PAGE, CONTROL_PAGE };
+	struct fifo_vm *f;
+	int i, uffd;
+
+	for (i = 0; i < ARRAY_SIZE(pages); i++) {
+		f = fifo_vm_create(guest_sync_forever, SETUP_ALL);
+		run_immediate(f->vcpus[0]);
+		make_absent(f, pages[i]);
+		ASSERT_EQ(send_event(f, 3, f->vcpus[0]->id, 7), 0);
+
+		uffd = uffd_register(shared_page(f, pages[i]), PAGE_SIZE, 0);
+		join_thread(start_thread(thread_run_immediate, f->vcpus[0]),
+			    i ? "control block" : "event array");
+		close(uffd);
+		ASSERT_EQ(nr_queued(f, 0), 0);
+
+		ASSERT_EQ(vcpu_run_to_sync(f->vcpus[0]), 0);
+		ASSERT_EQ(nr_queued(f, 0), 1);
+		fifo_vm_free(f);
+	}
+}
+
 TEST(absent)
 {
 	static const int pages[] = {
 		ARRAY_PAGE + 5, ARRAY_PAGE + 2, CONTROL_PAGE, VCPU_INFO_PAGE,
 	};
-	struct fifo_vm *f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	struct fifo_vm *f = fifo_vm_create(guest_sync_forever, SETUP_ALL);
 	uint32_t tail = 2 * PORTS_PER_PAGE, port = 5 * PORTS_PER_PAGE + 3;
 	struct consumer c = host_consumer(f, 0);
 	uint64_t sent = 0, min_slow = 0, slow;
@@ -1240,7 +1277,7 @@ TEST(absent)
 			if (linked) {
 				min_slow += pages[i / 2] == ARRAY_PAGE + 2;
 				ASSERT_EQ(send_event(f, tail, f->vcpus[0]->id, 7), 0);
-				run_immediate(f->vcpus[0]);
+				vcpu_run_to_sync(f->vcpus[0]);
 				sent++;
 			}
 
@@ -1250,7 +1287,7 @@ TEST(absent)
 			else
 				ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
 			sent++;
-			run_immediate(f->vcpus[0]);
+			vcpu_run_to_sync(f->vcpus[0]);
 			ASSERT_EQ(nr_queued(f, 0), sent);
 
 			if (linked)
@@ -2307,7 +2344,7 @@ static void let_kvm_write(struct fifo_vm *f, uint32_t port, uint8_t *saved)
 {
 	ASSERT_EQ(send_event(f, port, f->vcpus[0]->id, 7), 0);
 	/* If a page is absent, the vCPU completes the event. */
-	run_immediate(f->vcpus[0]);
+	vcpu_run_to_sync(f->vcpus[0]);
 	TEST_ASSERT(*word(f, port) & PENDING, "port %u: expected it to be pending, got word %#x",
 		    port, *word(f, port));
 	memcpy(saved, f->shared, NR_SHARED_PAGES * PAGE_SIZE);
@@ -2335,7 +2372,7 @@ TEST(swap)
 
 	TEST_ASSERT(saved, "malloc()");
 	swap_on();
-	f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	f = fifo_vm_create(guest_sync_forever, SETUP_ALL);
 	for (i = 0; i < 4; i++) {
 		if (i % 2) {
 			TEST_ASSERT(!madvise(f->shared, size, MADV_REMOVE),
@@ -2363,7 +2400,7 @@ TEST(writeback)
 
 	TEST_ASSERT(saved && on_disk, "malloc()");
 	fd = create_disk_file(size);
-	f = fifo_vm_create(guest_nothing, SETUP_ALL);
+	f = fifo_vm_create(guest_sync_forever, SETUP_ALL);
 	TEST_ASSERT(mmap(f->shared, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED, fd, 0) ==
 		    f->shared, "mmap(): %s", strerror(errno));
 	for (i = 0; i < 4; i++) {

@@ -2757,6 +2757,96 @@ static long reset_ports(struct xen_vm *x)
 	return set_send_port(x, 7, KVM_XEN_EVTCHN_RESET, 8, 0);
 }
 
+/* What KVM_RUN does before it enters the guest, with a page that is absent */
+enum {
+	RUN_PORTS,	/* look for pending ports */
+	RUN_EVENT,	/* raise the upcall of an event */
+	RUN_VECTOR,	/* see whether an upcall is pending, for a new vector */
+	RUN_RUNSTATE,	/* write the runstate in another layout */
+	NR_RUN_ABSENT,
+};
+
+static void *thread_run_immediate(void *vcpu)
+{
+	run_immediate(vcpu);
+	return NULL;
+}
+
+static void test_run_absent(int work, bool immediate)
+{
+	static const int pages[] = { SHINFO_PAGE, VCPU_INFO_PAGE, VCPU_INFO_PAGE, TIME_INFO_PAGE };
+	static const char *const names[] = { "ports", "event", "vector", "runstate" };
+	struct xen_vm *x = xen_vm_create_with_vcpu_info(guest_halt);
+	struct sigaction sa = { .sa_handler = nothing };
+	pthread_t vcpu;
+	int uffd;
+
+	/* What a new VM has to do */
+	run_immediate(x->vcpus[0]);
+	if (work == RUN_RUNSTATE)
+		ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE)), 0);
+
+	make_absent(x, pages[work]);
+	switch (work) {
+	case RUN_PORTS:
+		set_vcpu_info(x, 0);
+		break;
+	case RUN_EVENT:
+		ASSERT_EQ(send_by_ioctl(x, 5, 0), 0);
+		break;
+	case RUN_VECTOR:
+		ASSERT_EQ(set_upcall_vector(x->vcpus[0], UPCALL_VECTOR), 0);
+		break;
+	case RUN_RUNSTATE:
+		set_long_mode(x, false);
+		break;
+	}
+
+	uffd = uffd_register(shared_page(x, pages[work]), PAGE_SIZE, 0);
+	if (immediate) {
+		join_thread(start_thread(thread_run_immediate, x->vcpus[0]), names[work]);
+	} else {
+		sigaction(SIGUSR1, &sa, NULL);
+		vcpu = start_thread(thread_run_until_signal, x->vcpus[0]);
+		uffd_wait_for_fault(uffd);
+		pthread_kill(vcpu, SIGUSR1);
+		ASSERT_EQ(join_thread(vcpu, names[work]), EINTR);
+	}
+	close(uffd);
+
+	/* Nothing is forgotten. */
+	memset(shared_page(x, pages[work]), 0, PAGE_SIZE);
+	if (work == RUN_PORTS)
+		set_pending(x, 5);
+	run_immediate(x->vcpus[0]);
+	if (work == RUN_PORTS || work == RUN_EVENT)
+		assert_delivered(x, 5, 0, names[work]);
+	xen_vm_free(x);
+}
+
+/* KVM_RUN with immediate_exit does not wait for a page. */
+TEST(run_absent)
+{
+	int work;
+
+	TEST_REQUIRE(kvm_check_cap(KVM_CAP_XEN_HVM) & KVM_XEN_HVM_CONFIG_RUNSTATE);
+
+	for (work = 0; work < NR_RUN_ABSENT; work++)
+		test_run_absent(work, true);
+}
+
+/* A signal ends the wait of KVM_RUN for a page. */
+TEST(run_absent_signal)
+{
+	int work;
+
+	/* Without this capability, only a fatal signal does so. */
+	TEST_REQUIRE(kvm_has_cap(KVM_CAP_USER_MEMORY_REGIONS));
+
+	for (work = 0; work < RUN_RUNSTATE; work++)
+		test_run_absent(work, false);
+}
+
 static struct {
 	struct xen_vm *x;
 	long (*fn)(struct xen_vm *x);
