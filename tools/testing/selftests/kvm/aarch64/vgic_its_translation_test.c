@@ -2196,7 +2196,7 @@ TEST(in_list_register_lpis_disable)
 			      guest_lpis_enable, false);
 }
 
-/* gic_v3.h defines these, too, but offsets of a redistributor in another way than here */
+/* Not from gic_v3.h, which counts redistributor offsets differently */
 #define GICD_CTLR		0x0000
 #define GICD_CTLR_ARE_NS	BIT(4)
 #define GICD_CTLR_ENABLE_G1A	BIT(1)
@@ -2212,8 +2212,8 @@ static void guest_gicd_enable(void)
 }
 
 /*
- * An LPI that becomes pending before the distributor is enabled, by the guest or by
- * userspace, is delivered then.
+ * An LPI that is pending when the guest or userspace enables the distributor is
+ * delivered.
  */
 TEST(distributor_enabled)
 {
@@ -2232,6 +2232,14 @@ TEST(distributor_enabled)
 	check_delivered("distributor disabled again", 0, 0);
 	kvm_device_attr_set(gic_fd, KVM_DEV_ARM_VGIC_GRP_DIST_REGS, GICD_CTLR, &ctlr);
 	check_delivered("distributor enabled by userspace", LPI_A0, 0);
+
+	/* vCPU 1 takes an LPI that it has moved meanwhile, although vCPU 0 does not run. */
+	make_pending(doorbell(&its[0]), DEV_A);
+	run_vcpu(vcpus[1], guest_gicd_disable);
+	run_vcpu(vcpus[1], guest_movi);
+	run_vcpu(vcpus[1], guest_gicd_enable);
+	run_vcpu(vcpus[1], NULL);
+	check_taken("moved while the distributor was disabled", LPI_A0, 1);
 
 	destroy_vm();
 }
@@ -3373,17 +3381,18 @@ static void guest_int_unmapped_device(void)
 #define CMDQ_NR_RERUN		(CMDQ_NR_COMMANDS - 1)
 
 /*
- * Prepare a full queue of commands.  The first ones walk all events, and the others, at
- * least the last one, are those of guest_int_unmapped_device().
+ * Map the events of @nr_devices, and prepare a full queue of commands.  The first ones
+ * walk all events, and the others, at least the last one, are those of
+ * guest_int_unmapped_device().
  * Return the time of one walk.
  */
-static uint64_t fill_cmdq(int nr_walks)
+static uint64_t fill_cmdq(int nr_devices, int nr_walks)
 {
 	uint64_t *cmd, walk[4], last[4], ns;
 	int i, first;
 
 	create_vm();
-	check_restore_shared(MAX_EVENTS / SHARED_EVENTS, SHARED_BITS, SHARED_EVENTS, 2, 0);
+	check_restore_shared(nr_devices, SHARED_BITS, SHARED_EVENTS, 2, 0);
 	ns = walk_ns();
 
 	/* walk_ns() has put this command into the queue. */
@@ -3409,7 +3418,7 @@ static uint64_t fill_cmdq(int nr_walks)
 /* Let a vCPU execute a full queue of commands.  Go on when the first one is complete. */
 static void run_commands(int fd)
 {
-	uint64_t ns = fill_cmdq(CMDQ_NR_RERUN - 1);
+	uint64_t ns = fill_cmdq(MAX_EVENTS / SHARED_EVENTS, CMDQ_NR_RERUN - 1);
 
 	start_thread(run_vcpu_thread, vcpus[1]);
 	vcpu_run_to_sync(vcpus[0]);
@@ -3536,16 +3545,23 @@ static uint64_t get_its_reg(int offset)
 	return val;
 }
 
+#define GITS_CTLR_QUIESCENT	BIT(31)
+
+static void set_its_reg(int offset, uint64_t val)
+{
+	kvm_device_attr_set(its[0].fd, KVM_DEV_ARM_VGIC_GRP_ITS_REGS, offset, &val);
+}
+
 /* A signal ends KVM_RUN between two commands.  The next KVM_RUN executes the others. */
 TEST(full_queue)
 {
-	const int nr_walks = 100;
+	const int nr_walks = 800;
 	struct sigaction sa = { .sa_handler = nothing };
 	uint64_t left, done, misses;
 	pthread_t thread;
 	long err;
 
-	fill_cmdq(nr_walks);
+	fill_cmdq(2, nr_walks);
 	TEST_ASSERT(!sigaction(SIGUSR1, &sa, NULL), "sigaction() failed, errno: %d", errno);
 	thread = start_thread(run_until_signal, vcpus[1]);
 	vcpu_run_to_sync(vcpus[0]);
@@ -3559,7 +3575,14 @@ TEST(full_queue)
 		    "After a signal: expected 1 to %d commands to be complete, got %lu",
 		    nr_walks - 1, done);
 
+	/* No command is executed when userspace restores registers. */
 	misses = vm_get_stat(vm, "lpi_translation_misses");
+	set_its_reg(GITS_CTLR, 0);
+	TEST_ASSERT(get_its_reg(GITS_CTLR) & GITS_CTLR_QUIESCENT,
+		    "GITS_CTLR.Quiescent: expected 1 while the ITS is disabled, got 0");
+	set_its_reg(GITS_CTLR, GITS_CTLR_ENABLE);
+	check_vm_stat("GITS_CTLR written by userspace", "lpi_translation_misses", misses);
+
 	vcpu_run_to_sync(vcpus[1]);
 	check_vm_stat("the rest of the queue", "lpi_translation_misses",
 		      misses + CMDQ_NR_RERUN - nr_walks);

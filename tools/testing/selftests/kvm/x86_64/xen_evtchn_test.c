@@ -1829,7 +1829,7 @@ static long remove_shared_info(struct xen_vm *x)
 
 /*
  * A vCPU that has raised the upcall of a pending port does not raise it again when the
- * shared_info page is set again.  It does when its vcpu_info is.
+ * shared_info page is set again.  It does when its vcpu_info is set again.
  */
 TEST(shared_info_again)
 {
@@ -2784,7 +2784,7 @@ static void test_run_absent(int work, bool immediate)
 	/* What a new VM has to do */
 	run_immediate(x->vcpus[0]);
 	if (work == RUN_RUNSTATE)
-		ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE)), 0);
+		ASSERT_EQ(set_runstate_addr(x, PAGE_GPA(TIME_INFO_PAGE) + 8), 0);
 
 	make_absent(x, pages[work]);
 	switch (work) {
@@ -2795,6 +2795,7 @@ static void test_run_absent(int work, bool immediate)
 		ASSERT_EQ(send_by_ioctl(x, 5, 0), 0);
 		break;
 	case RUN_VECTOR:
+		set_lapic(x->vcpus[0], true);
 		ASSERT_EQ(set_upcall_vector(x->vcpus[0], UPCALL_VECTOR), 0);
 		break;
 	case RUN_RUNSTATE:
@@ -2815,12 +2816,19 @@ static void test_run_absent(int work, bool immediate)
 	close(uffd);
 
 	/* Nothing is forgotten. */
-	memset(shared_page(x, pages[work]), 0, PAGE_SIZE);
+	memset(shared_page(x, pages[work]), work == RUN_RUNSTATE ? 0xaa : 0, PAGE_SIZE);
 	if (work == RUN_PORTS)
 		set_pending(x, 5);
+	if (work == RUN_VECTOR)
+		vcpu_info(x, 0)->evtchn_upcall_pending = 1;
 	run_immediate(x->vcpus[0]);
 	if (work == RUN_PORTS || work == RUN_EVENT)
 		assert_delivered(x, 5, 0, names[work]);
+	else if (work == RUN_VECTOR)
+		TEST_ASSERT(vector_requested(x->vcpus[0]), "%s: expected the vector in the IRR",
+			    names[work]);
+	else
+		assert_runstate_at(x, shared_page(x, TIME_INFO_PAGE) + 8, names[work]);
 	xen_vm_free(x);
 }
 
