@@ -3555,13 +3555,13 @@ static void set_its_reg(int offset, uint64_t val)
 /* A signal ends KVM_RUN between two commands.  The next KVM_RUN executes the others. */
 TEST(full_queue)
 {
-	const int nr_walks = 800;
+	const int nr_walks = 400;
 	struct sigaction sa = { .sa_handler = nothing };
 	uint64_t left, done, misses;
 	pthread_t thread;
 	long err;
 
-	fill_cmdq(2, nr_walks);
+	fill_cmdq(1, nr_walks);
 	TEST_ASSERT(!sigaction(SIGUSR1, &sa, NULL), "sigaction() failed, errno: %d", errno);
 	thread = start_thread(run_until_signal, vcpus[1]);
 	vcpu_run_to_sync(vcpus[0]);
